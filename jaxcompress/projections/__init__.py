@@ -1,0 +1,30 @@
+"""Projections, their combinators, and their uses in Optax: the core of the library."""
+
+from jaxcompress.projections._base import Projection as Projection
+from jaxcompress.projections._base import of_leaves as of_leaves
+from jaxcompress.projections._combine import Chained as Chained
+from jaxcompress.projections._combine import Partitioned as Partitioned
+from jaxcompress.projections._combine import chain as chain
+from jaxcompress.projections._combine import masked as masked
+from jaxcompress.projections._combine import partition as partition
+from jaxcompress.projections._optax import ProjectedState as ProjectedState
+from jaxcompress.projections._optax import ProjectState as ProjectState
+from jaxcompress.projections._optax import StraightThroughState as StraightThroughState
+from jaxcompress.projections._optax import project_params as project_params
+from jaxcompress.projections._optax import projected as projected
+from jaxcompress.projections._optax import straight_through as straight_through
+from jaxcompress.projections._read import batch_axes as batch_axes
+from jaxcompress.projections._read import compress as compress
+from jaxcompress.projections._read import latent as latent
+from jaxcompress.projections._read import pack as pack
+from jaxcompress.projections._read import structure as structure
+from jaxcompress.projections._reparametrize import Reparametrization as Reparametrization
+from jaxcompress.projections._reparametrize import ReparametrizedState as ReparametrizedState
+from jaxcompress.projections._reparametrize import reparametrized as reparametrized
+from jaxcompress.projections._time import Relaxed as Relaxed
+from jaxcompress.projections._time import Scheduled as Scheduled
+from jaxcompress.projections._time import Timed as Timed
+from jaxcompress.projections._time import every as every
+from jaxcompress.projections._time import number_at as number_at
+from jaxcompress.projections._time import relaxed as relaxed
+from jaxcompress.projections._time import scheduled as scheduled

@@ -1,0 +1,52 @@
+"""Updates whose sum with the parameters lands on a target."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress._types import PyTree
+
+
+def wide(dtype) -> jnp.dtype:
+    """float32 for narrower floats: an update in it can reach every narrow value."""
+    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def apply(params: PyTree, updates: PyTree) -> PyTree:
+    """`optax.apply_updates` without a promotion of dtypes that strict mode would refuse."""
+
+    def leaf(w, u):
+        if w is None or u is None:
+            return w
+        common = max(w.dtype, u.dtype, key=lambda dtype: dtype.itemsize)
+        return (w.astype(common) + u.astype(common)).astype(w.dtype)
+
+    return jax.tree.map(leaf, params, updates, is_leaf=lambda x: x is None)
+
+
+def land(params: PyTree, target: PyTree) -> PyTree:
+    """Updates for which `optax.apply_updates(params, updates)` is `target`.
+
+    Exact at zeros of the target, and to the last bit for bfloat16 and float16 targets no more
+    than 2^16 times smaller than the parameter; in float32 within one rounding of the larger
+    of the two, which no float32 update can better.
+    """
+
+    def leaf(w, t):
+        if w is None or not jnp.issubdtype(w.dtype, jnp.floating):
+            return None if w is None else t - w
+        dtype = wide(w.dtype)
+        w, t = w.astype(dtype), t.astype(dtype)
+        update = t - w
+        # The rounding of t - w, added back: what is still missing after the sum.
+        return update + (t - (w + update))
+
+    return jax.tree.map(leaf, params, target, is_leaf=lambda x: x is None)
+
+
+def land_where_moved(params: PyTree, target: PyTree, moved: PyTree, updates: PyTree) -> PyTree:
+    """`land`, but the update as it came for leaves that no projection touched."""
+    landed = land(params, target)
+    return jax.tree.map(
+        lambda u, new, t, mine: u if t is new else mine,
+        updates, moved, target, landed, is_leaf=lambda x: x is None,
+    )

@@ -1,0 +1,267 @@
+"""Combinators over time and strength: every, scheduled, relaxed."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress import _check
+from jaxcompress._types import Numeric, PyTree
+from jaxcompress.projections._base import Projection, kept_by
+from jaxcompress.projections._combine import _require_projection
+
+
+class Timed(NamedTuple):
+    """Structure of `every`: whether it is in force yet, and the structure held."""
+
+    active: jax.Array
+    inner: PyTree
+
+
+class Scheduled(NamedTuple):
+    """Structure of `scheduled`: the numbers in force, by name, and the structure they gave."""
+
+    hyperparams: dict[str, jax.Array]
+    inner: PyTree
+
+
+class Relaxed(NamedTuple):
+    """Structure of `relaxed`: the strength in force, and the structure projected on."""
+
+    strength: jax.Array
+    inner: PyTree
+
+
+def number_at(value: Numeric, step: Any) -> jax.Array:
+    """The value of a number or of a schedule at `step`, as a strongly typed array."""
+    value = value(step) if callable(value) else value
+    value = jnp.asarray(value)
+    return jax.lax.convert_element_type(value, value.dtype)
+
+
+def every(
+    steps: Numeric, projection: Projection, begin: Numeric = 0, end: Numeric | None = None
+) -> Projection:
+    """Finds the structure anew at `begin`, `begin + steps`, … up to `end`, and holds it between.
+
+    Before `begin` the params are left as they are. After `end` the structure is frozen.
+    Between two finds only `project` runs: nothing is ranked, fitted or decomposed. The clock
+    is the adapter's count of applied updates, so schedules inside keep true time.
+
+    Args:
+        steps: number of updates from one find to the next, at least 1. May be traced.
+        projection: what to find. Projections inside of it may have clocks of their own.
+        begin: first step at which it is in force. May be traced.
+        end: last step at which it may be found anew; None for no end. May be traced.
+
+    Returns:
+        The projection whose structure is `Timed(active, inner)`.
+
+    Raises:
+        ValueError: `steps` is a number below 1.
+
+    Cost: one `jax.lax.cond`. Under `vmap` keep the adapter's step unbatched (make the state
+    inside of the mapped function), or the `cond` runs both of its branches at each step.
+
+    Examples:
+        >>> p = jc.every(10, jc.prune(0.5), begin=20)
+        >>> params = {"w": jnp.array([[1.0, 2.0]])}
+        >>> jc.compress(p, params, step=19)["w"], jc.compress(p, params, step=20)["w"]
+        (Array([[1., 2.]], dtype=float32), Array([[0., 2.]], dtype=float32))
+    """
+    _require_projection("every", projection)
+    _check.number("every", "steps", steps, 1)
+    _check.number("every", "begin", begin)
+    if end is not None:
+        _check.number("every", "end", end)
+
+    def find(params, *, previous=None, grads=None, step=0):
+        step = jnp.asarray(step, jnp.int32)
+        first = jnp.asarray(number_at(begin, step), jnp.int32)
+        period = jnp.maximum(jnp.asarray(number_at(steps, step), jnp.int32), 1)
+        started = step >= first
+        if end is not None:
+            started_in_time = first <= jnp.asarray(number_at(end, step), jnp.int32)
+            started = started & started_in_time
+        if previous is None:
+            return Timed(started, projection.find(params, grads=grads, step=step))
+        due = started & ((step - first) % period == 0)
+        if end is not None:
+            due = due & (step <= jnp.asarray(number_at(end, step), jnp.int32))
+        inner = jax.lax.cond(
+            due,
+            lambda: projection.find(params, previous=previous.inner, grads=grads, step=step),
+            lambda: previous.inner,
+        )
+        return Timed(previous.active | due, inner)
+
+    def project(params, structure):
+        projected = projection.project(params, structure.inner)
+        return _blend(lambda new, old: jnp.where(structure.active, new, old), projected, params)
+
+    def pack(params, structure):
+        return projection.pack(params, structure.inner) if bool(structure.active) else params
+
+    def kept(params, structure):
+        inner = kept_by(projection, params, structure.inner)
+        return jax.tree.map(lambda k: k if k is True else k | ~structure.active, inner)
+
+    everywhere = None
+    if projection.everywhere is not None:
+        everywhere = every(steps, projection.everywhere, begin, end)
+    return Projection(find, project, pack, kept, everywhere)
+
+
+def relaxed(projection: Projection, strength: Numeric) -> Projection:
+    r"""Moves the params only a part of the way: from the identity to the hard projection.
+
+    .. math:: w \mapsto w + \lambda\,(P(w) - w), \quad \lambda \in [0, 1]
+
+    With a schedule from 0 to 1 this is BinaryRelax, whose relaxation
+    :math:`(w + \mu P(w)) / (1 + \mu)` has :math:`\lambda = \mu / (1 + \mu)`.
+
+    Args:
+        projection: the hard one.
+        strength: :math:`\lambda`; 0 changes nothing, 1 is exactly `projection`. A number, a
+            JAX scalar or an Optax schedule; may be traced.
+
+    Returns:
+        The projection whose structure is `Relaxed(strength, inner)`. Entries count as dropped
+        only at strength 1. It is idempotent at strength 0 and 1 alone.
+
+    Raises:
+        ValueError: `strength` is a number outside of [0, 1]; or `pack` at a strength below 1.
+
+    Examples:
+        >>> half = jc.relaxed(jc.prune(0.5), 0.5)
+        >>> jc.compress(half, {"w": jnp.array([[1.0, 4.0]])})["w"]
+        Array([[0.5, 4. ]], dtype=float32)
+
+    Source: Yin et al. 2018, arXiv:1801.06313, equation 7. Differs: for any projection, and
+    the strength reaches the hard one.
+    """
+    _require_projection("relaxed", projection)
+    _check.number("relaxed", "strength", strength, 0, 1)
+
+    def find(params, *, previous=None, grads=None, step=0):
+        held = None if previous is None else previous.inner
+        inner = projection.find(params, previous=held, grads=grads, step=step)
+        return Relaxed(number_at(strength, step).astype(jnp.float32), inner)
+
+    def project(params, structure):
+        s = structure.strength
+
+        def leaf(new, old):
+            mixed = old.astype(jnp.float32) + s * (new.astype(jnp.float32) - old.astype(jnp.float32))
+            return jnp.where(s >= 1, new, mixed.astype(old.dtype))
+
+        return _blend(leaf, projection.project(params, structure.inner), params)
+
+    def pack(params, structure):
+        require_hard(structure)
+        return projection.pack(params, structure.inner)
+
+    def kept(params, structure):
+        inner = kept_by(projection, params, structure.inner)
+        return jax.tree.map(lambda k: k if k is True else k | (structure.strength < 1), inner)
+
+    everywhere = None
+    if projection.everywhere is not None:
+        everywhere = relaxed(projection.everywhere, strength)
+    return Projection(find, project, pack, kept, everywhere)
+
+
+def require_hard(structure: Relaxed) -> None:
+    """Refuses to pack what has not reached the hard projection."""
+    if float(structure.strength) < 1:
+        raise ValueError(
+            _check.message(
+                "pack", "strength", "be 1 to pack a relaxed projection",
+                float(structure.strength), "Train on until its schedule ends.",
+            )
+        )
+
+
+def scheduled(factory: Callable[..., Projection]) -> Callable[..., Projection]:
+    """Lets the numbers of a factory be Optax schedules, and keeps their values in the state.
+
+    As `optax.inject_hyperparams`: `jc.structure(opt_state).hyperparams` shows the numbers in
+    force, to log them, and a constant one may be replaced there between two steps.
+
+    Args:
+        factory: `jc.prune`, `jc.quantize`, `jc.low_rank`, `jc.cluster`, `jc.relaxed` or any
+            function that returns a `Projection`. Its positional arguments that are numbers or
+            schedules are recorded; its keyword-only arguments are static and are passed on.
+
+    Returns:
+        A function with the arguments of `factory`. The projection that it returns has the
+        structure `Scheduled(hyperparams, inner)`.
+
+    Raises:
+        TypeError: `factory` can't be called, or a keyword-only (static) argument is a schedule.
+
+    Examples:
+        >>> p = jc.scheduled(jc.prune)(sparsity=jc.schedules.cubic(0.0, 0.9, 0, 100))
+        >>> p.find({"w": jnp.ones((2, 2))}, step=50).hyperparams
+        {'sparsity': Array(0.7875, dtype=float32)}
+    """
+    if not callable(factory):
+        raise TypeError(
+            _check.message("scheduled", "factory", "be a function such as jc.prune", _check.describe(factory))
+        )
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs) -> Projection:
+        given = signature.bind(*args, **kwargs).arguments
+        numbers, static = {}, {}
+        for name, value in given.items():
+            keyword_only = signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
+            numeric = callable(value) or (
+                isinstance(value, (int, float)) and not isinstance(value, bool)
+            ) or (hasattr(value, "dtype") and hasattr(value, "shape"))
+            if keyword_only and callable(value):
+                raise TypeError(
+                    _check.message(
+                        "scheduled", name, "be static", "a schedule", "Only numbers may have one."
+                    )
+                )
+            (numbers if numeric and not keyword_only else static)[name] = value
+        return _scheduled(factory, numbers, static, everywhere=False)
+
+    return make
+
+
+def _scheduled(factory, numbers: dict[str, Numeric], static: dict[str, Any], everywhere: bool):
+    def at(values) -> Projection:
+        projection = factory(**values, **static)
+        return (projection.everywhere or projection) if everywhere else projection
+
+    def find(params, *, previous=None, grads=None, step=0):
+        values = {}
+        for name, value in numbers.items():
+            held = previous is not None and not callable(value)
+            values[name] = previous.hyperparams[name] if held else number_at(value, step)
+        held = None if previous is None else previous.inner
+        return Scheduled(values, at(values).find(params, previous=held, grads=grads, step=step))
+
+
+    def project(params, structure):
+        return at(structure.hyperparams).project(params, structure.inner)
+
+    def pack(params, structure):
+        return at(structure.hyperparams).pack(params, structure.inner)
+
+    def kept(params, structure):
+        return kept_by(at(structure.hyperparams), params, structure.inner)
+
+    other = None if everywhere else _scheduled(factory, numbers, static, everywhere=True)
+    return Projection(find, project, pack, kept, other)
+
+
+def _blend(f, projected: PyTree, params: PyTree) -> PyTree:
+    """`f(new, old)` where the projection changed the leaf, the leaf itself where it did not."""
+    return jax.tree.map(lambda new, old: old if new is old else f(new, old), projected, params)

@@ -1,0 +1,50 @@
+"""The mask of a leaf: the structure that pruning finds."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress import arrays
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["keep"], meta_fields=["nm", "axis"]
+)
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Which entries of a leaf live.
+
+    Attributes:
+        keep: `bool`, the shape of the leaf.
+        nm: static. `(n, m)` when at most n of each m entries along `axis` are kept.
+        axis: static. Counted from the front; None without `nm`.
+    """
+
+    keep: jax.Array
+    nm: tuple[int, int] | None = None
+    axis: int | None = None
+
+    def project(self, w: jax.Array) -> jax.Array:
+        """Zero where not kept, also where the dropped entry is NaN or infinite."""
+        return jnp.where(self.keep, w, jnp.zeros((), w.dtype))
+
+    def pack(self, w: Any, path: str) -> Any:
+        """The non-zero entries and where they are; of a coded leaf, the codes of those."""
+        del path
+        dense = self.project(arrays.todense(w))
+        present = dense != 0
+        if not isinstance(w, (arrays.Quantized, arrays.Codebook)):
+            return self._sparse(dense, present)
+        codes = arrays.todense(w.codes)
+        bits = w.codes.bits if isinstance(w.codes, arrays.Packed) else None
+        pattern = self._sparse(codes, present)
+        return dataclasses.replace(w, codes=arrays.with_entries(pattern, codes, bits=bits))
+
+    def _sparse(self, dense: jax.Array, present: jax.Array) -> Any:
+        if self.nm is None:
+            return arrays.bit_mask(dense, present)
+        n, m = self.nm
+        return arrays.n_m(dense, present, n=n, m=m, axis=self.axis)

@@ -1,0 +1,57 @@
+"""N:M masks by comparisons inside of each group, never by a sort."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress._sharding import automatic
+from jaxcompress.pruning._threshold import keys, space_of
+
+
+def keep_n_of_m(scores: jax.Array, n: jax.Array | int, *, m: int, axis: int) -> jax.Array:
+    """Keeps the n largest of each run of m entries along an axis.
+
+    Args:
+        scores: any shape with the axis; any float dtype. NaN ranks lowest.
+        n: how many to keep in each group. May be traced.
+        m: static. Length of a group. Where it does not divide, the last group is what is
+            left: a shorter group from which also up to n are kept, as hardware sees it after
+            padding with zeros.
+        axis: static. The axis along which groups run.
+
+    Returns:
+        A `bool` array of the shape of `scores` with exactly `min(n, length of the group)`
+        True in each group; of equal scores the first ones are kept.
+
+    Cost: m(m - 1) elementwise comparisons.
+
+    Examples:
+        >>> keep_n_of_m(jnp.array([4.0, 1.0, 3.0, 3.0, 9.0]), 2, m=4, axis=0)
+        Array([ True, False,  True, False,  True], dtype=bool)
+
+    Source: Mishra et al. 2021, arXiv:2104.08378, section 3.
+    """
+    return automatic(lambda s: _keep(s, n, m, axis % scores.ndim), scores, like_first=True)
+
+
+def _keep(scores: jax.Array, n: jax.Array | int, m: int, axis: int) -> jax.Array:
+    length = scores.shape[axis]
+    if scores.size == 0:
+        return jnp.zeros(scores.shape, bool)
+    groups = -(-length // m)
+    # Integers in the order of the floats: NaN lowest, subnormals told apart.
+    space = space_of([scores.dtype])
+    padding = [(0, 0)] * scores.ndim
+    padding[axis] = (0, groups * m - length)
+    ranked = jnp.pad(keys(scores, space), padding, constant_values=space.lowest)
+    grouped = ranked.reshape(scores.shape[:axis] + (groups, m) + scores.shape[axis + 1 :])
+    members = [jax.lax.index_in_dim(grouped, i, axis + 1, keepdims=False) for i in range(m)]
+    kept = []
+    for i, mine in enumerate(members):
+        rank = jnp.zeros(mine.shape, jnp.int32)
+        for j, other in enumerate(members):
+            if j != i:
+                before = other >= mine if j < i else other > mine
+                rank = rank + before.astype(jnp.int32)
+        kept.append(rank < n)
+    keep = jnp.stack(kept, axis=axis + 1).reshape(ranked.shape)
+    return jax.lax.slice_in_dim(keep, 0, length, axis=axis)

@@ -1,0 +1,10 @@
+"""What a compression did: tables for the terminal, figures for notebooks and papers."""
+
+from jaxcompress.report._figures import figure as figure
+from jaxcompress.report._figures import tradeoff as tradeoff
+from jaxcompress.report._panels import histograms as histograms
+from jaxcompress.report._panels import spectra as spectra
+from jaxcompress.report._summary import LeafRow as LeafRow
+from jaxcompress.report._summary import Summary as Summary
+from jaxcompress.report._summary import summary as summary
+from jaxcompress.report._table import table as table

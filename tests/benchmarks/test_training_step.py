@@ -1,0 +1,96 @@
+"""What a training step costs over plain Adam: MLP 784-1024-1024-10, batch 256, donated buffers.
+
+    pytest tests/benchmarks -o addopts="" --benchmark-json=results.json
+"""
+
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxcompress as jc
+from tests.benchmarks.conftest import median_ratio, paired
+
+SIZES = (784, 1024, 1024, 10)
+
+
+def mlp(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = zip(SIZES[:-1], SIZES[1:], strict=True)
+    return {
+        f"layer{i}": {
+            "kernel": jnp.asarray(rng.normal(size=s) / np.sqrt(s[0]), jnp.float32),
+            "bias": jnp.zeros(s[1]),
+        }
+        for i, s in enumerate(shapes)
+    }
+
+
+def loss(params, x, y):
+    for i in range(3):
+        layer = params[f"layer{i}"]
+        x = x @ layer["kernel"] + layer["bias"]
+        x = jax.nn.relu(x) if i < 2 else x
+    return optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
+
+
+OPTIMIZERS = {
+    "held mask, projected": lambda: jc.projected(optax.adam(1e-3), jc.every(10**6, jc.prune(0.9))),
+    "held mask, project_params": lambda: optax.chain(
+        optax.adam(1e-3), jc.project_params(jc.every(10**6, jc.prune(0.9)))
+    ),
+    "mask refreshed every 100, projected": lambda: jc.projected(
+        optax.adam(1e-3), jc.every(100, jc.prune(0.9))
+    ),
+    "int8 straight-through": lambda: jc.straight_through(optax.adam(1e-3), jc.quantize(8)),
+    "int4 grouped straight-through": lambda: jc.straight_through(
+        optax.adam(1e-3), jc.quantize(4, group_size=32)
+    ),
+}
+
+
+class Loop:
+    """A donated training loop that can be advanced by some steps at a time."""
+
+    def __init__(self, optimizer):
+        rng = np.random.default_rng(1)
+        x = jnp.asarray(rng.normal(size=(256, 784)), jnp.float32)
+        y = jnp.asarray(rng.integers(0, 10, 256))
+
+        def step(params, state):
+            grads = jax.grad(loss)(params, x, y)
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self.carry = (mlp(), optimizer.init(mlp()))
+        start = time.perf_counter()
+        self.step = jax.jit(step, donate_argnums=(0, 1)).lower(*self.carry).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def advance(self, steps=10):
+        for _ in range(steps):
+            self.carry = self.step(*self.carry)
+        return self.carry
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_step(benchmark, name):
+    ours, plain = Loop(OPTIMIZERS[name]()), Loop(optax.adam(1e-3))
+    times = paired({"ours": ours.advance, "adam": plain.advance}, rounds=21)
+    benchmark.pedantic(lambda: jax.block_until_ready(ours.advance()), rounds=3)
+    params = ours.carry[0]
+    if "mask" in name:
+        assert abs(float((params["layer0"]["kernel"] == 0).mean()) - 0.9) < 1e-4
+    else:
+        assert len(np.unique(np.asarray(params["layer0"]["kernel"])[:, 0].round(6))) <= 256
+    benchmark.extra_info.update(
+        ratio_to_adam=round(median_ratio(times, "ours", "adam"), 4),
+        ms_per_step=round(100 * statistics.median(times["ours"]), 3),
+        ms_per_step_adam=round(100 * statistics.median(times["adam"]), 3),
+        compile_seconds=round(ours.compile_seconds, 3),
+        compile_seconds_adam=round(plain.compile_seconds, 3),
+    )

@@ -1,0 +1,181 @@
+"""The contract table: every public transformation, and how to make one from its numbers.
+
+A new public name goes into one of these tables; `test_contract.py` fails until it does.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcompress as jc
+from tests.conftest import lenient
+
+
+class Row(NamedTuple):
+    """One transformation: `make(**knobs)` with traced knobs, and a grid to vmap over."""
+
+    make: Callable[..., Any]
+    knobs: dict[str, list[float]]
+    # The public names that this row stands for.
+    covers: tuple[str, ...]
+    # Largest difference of two runs whose sums are ordered differently, relative.
+    tolerance: float = 0.0
+    # Whether projecting twice is projecting once.
+    idempotent: bool = True
+
+
+PROJECTIONS = {
+    "prune": Row(lambda sparsity=0.6: jc.prune(sparsity), {"sparsity": [0.0, 0.3, 1.0]}, ("prune",)),
+    "prune_global": Row(
+        lambda sparsity=0.6: jc.prune(sparsity, scope="global"), {"sparsity": [0.1, 0.8]}, ("prune",)
+    ),
+    "prune_nm": Row(lambda: jc.prune(nm=(2, 4)), {}, ("prune",)),
+    "quantize": Row(lambda bits=4: jc.quantize(bits), {"bits": [1, 3, 8]}, ("quantize",)),
+    "quantize_asymmetric": Row(
+        lambda bits=4: jc.quantize(bits, axis=None, symmetric=False), {"bits": [1, 3, 8]}, ("quantize",)
+    ),
+    "quantize_grouped": Row(
+        lambda bits=4: jc.quantize(bits, group_size=3), {"bits": [2, 4]}, ("quantize",)
+    ),
+    "low_rank": Row(
+        lambda rank=2: jc.low_rank(rank, max_rank=4), {"rank": [0, 1, 3]}, ("low_rank",), tolerance=1e-5
+    ),
+    "low_rank_energy": Row(
+        lambda energy=0.8: jc.low_rank(energy=energy), {"energy": [0.5, 1.0]}, ("low_rank",), tolerance=1e-5
+    ),
+    "cluster": Row(
+        lambda num_values=4: jc.cluster(num_values, max_values=8),
+        {"num_values": [1, 4, 8]},
+        ("cluster",),
+        tolerance=1e-5,
+    ),
+    "chain": Row(
+        lambda sparsity=0.5, bits=4: jc.chain(jc.prune(sparsity), jc.quantize(bits)),
+        {"sparsity": [0.25, 0.75], "bits": [2, 8]},
+        ("chain",),
+    ),
+    "masked": Row(
+        lambda sparsity=0.5: jc.masked(jc.prune(sparsity), "a/*"), {"sparsity": [0.25, 0.75]}, ("masked",)
+    ),
+    "partition": Row(
+        lambda sparsity=0.5, bits=4: jc.partition(
+            {"a/kernel": jc.prune(sparsity), "b/kernel": jc.quantize(bits)}
+        ),
+        {"sparsity": [0.25, 0.75], "bits": [2, 8]},
+        ("partition",),
+    ),
+    "every": Row(
+        lambda sparsity=0.5: jc.every(2, jc.prune(sparsity), begin=0, end=4),
+        {"sparsity": [0.25, 0.75]},
+        ("every",),
+    ),
+    "scheduled": Row(
+        lambda final=0.9: jc.scheduled(jc.prune)(jc.schedules.cubic(0.5, final, 0, 4)),
+        {"final": [0.6, 0.9]},
+        ("scheduled",),
+    ),
+    "relaxed": Row(
+        lambda strength=1.0: jc.relaxed(jc.quantize(4), strength),
+        {"strength": [0.0, 1.0]},
+        ("relaxed",),
+    ),
+    "relaxed_half": Row(
+        lambda strength=0.5: jc.relaxed(jc.prune(0.5), strength),
+        {"strength": [0.25, 0.5]},
+        ("relaxed",),
+        tolerance=1e-6,
+        idempotent=False,
+    ),
+}
+
+
+def _inner() -> optax.GradientTransformation:
+    return lenient(optax.adam(1e-2))
+
+
+def student(params, x):
+    hidden = jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"][None, :])
+    return hidden @ params["b"]["kernel"]
+
+
+def teacher(x):
+    return x[:, :4] * 3.0
+
+
+TRANSFORMATIONS = {
+    "project_params": Row(
+        lambda sparsity=0.5: optax.chain(_inner(), jc.project_params(jc.every(2, jc.prune(sparsity)))),
+        {"sparsity": [0.25, 0.75]},
+        ("project_params",),
+        tolerance=1e-5,
+    ),
+    "projected": Row(
+        lambda sparsity=0.5: jc.projected(_inner(), jc.every(2, jc.prune(sparsity))),
+        {"sparsity": [0.25, 0.75]},
+        ("projected",),
+        tolerance=1e-5,
+    ),
+    "projected_low_rank": Row(
+        lambda rank=2: jc.projected(_inner(), jc.every(2, jc.low_rank(rank, max_rank=4))),
+        {"rank": [1, 3]},
+        ("projected",),
+        tolerance=1e-4,
+    ),
+    "straight_through": Row(
+        lambda bits=4: jc.straight_through(_inner(), jc.quantize(bits)),
+        {"bits": [2, 8]},
+        ("straight_through",),
+        tolerance=1e-5,
+    ),
+    "straight_through_chain": Row(
+        lambda sparsity=0.5, bits=4: jc.straight_through(
+            _inner(), jc.chain(jc.every(2, jc.prune(sparsity)), jc.quantize(bits))
+        ),
+        {"sparsity": [0.25, 0.75], "bits": [2, 8]},
+        ("straight_through",),
+        tolerance=1e-5,
+    ),
+    "reparametrized": Row(
+        lambda rank=2: jc.reparametrized(_inner(), jc.low_rank_factors(rank, max_rank=3)),
+        {"rank": [1, 3]},
+        ("reparametrized", "low_rank_factors"),
+        tolerance=1e-4,
+    ),
+    "distill": Row(
+        lambda weight=0.5, temperature=2.0: optax.chain(
+            jc.distill(student, teacher, weight=weight, temperature=temperature), _inner()
+        ),
+        {"weight": [0.0, 1.0], "temperature": [1.0, 4.0]},
+        ("distill",),
+        tolerance=1e-5,
+    ),
+}
+
+# Pure functions and readers: they have tests of their own, named here.
+ELSEWHERE = {
+    "tests/projections": {
+        "compress", "latent", "structure", "pack", "batch_axes", "Projection", "Reparametrization",
+    },
+    "tests/distillation": {"kd_loss", "mse_logits", "soft_cross_entropy"},
+    "tests/arrays": {"todense"},
+    "tests/export": {"save", "load"},
+    "tests/report": {"summary"},
+}
+
+
+def params(dtype=jnp.float32, seed: int = 0) -> dict:
+    """Two layers: distinct magnitudes, shapes that a mesh of 4 divides."""
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    return {
+        "a": {"bias": draw(8), "kernel": draw(16, 8)},
+        "b": {"kernel": draw(8, 4)},
+    }
+
+
+def batch(seed: int = 3):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(5, 16)), jnp.float32)
