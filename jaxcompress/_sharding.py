@@ -7,6 +7,20 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 
+def place_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x` sharded as `like`, where that is explicit; differentiable."""
+    if not is_explicit(like):
+        return x
+    return jax.sharding.reshard(x, jax.typeof(like).sharding)
+
+
+def is_explicit(x: jax.Array) -> bool:
+    """Whether `x` lies on a mesh with Explicit axes."""
+    sharding = getattr(jax.typeof(x), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    return mesh is not None and AxisType.Explicit in getattr(mesh, "axis_types", ())
+
+
 def automatic(f: Callable[..., Any], *arrays: jax.Array, like_first: bool) -> Any:
     """`f(*arrays)`, with the axes of an Explicit mesh left to the compiler inside `f`.
 
@@ -14,14 +28,13 @@ def automatic(f: Callable[..., Any], *arrays: jax.Array, like_first: bool) -> An
     none this is a plain call.
 
     Args:
-        f: any function of arrays.
+        f: any function of arrays. It must not close over other traced values: those carry
+            the explicit mesh with them.
         *arrays: its arguments.
         like_first: static. The results are sharded like the first array; otherwise
             they are replicated.
     """
-    sharding = getattr(jax.typeof(arrays[0]), "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is None or AxisType.Explicit not in getattr(mesh, "axis_types", ()):
+    if not is_explicit(arrays[0]):
         return f(*arrays)
-    out = sharding if like_first else PartitionSpec()
+    out = jax.typeof(arrays[0]).sharding if like_first else PartitionSpec()
     return jax.sharding.auto_axes(f, out_sharding=out)(*arrays)

@@ -94,10 +94,11 @@ PROJECTIONS = {
 
 
 def _inner() -> optax.GradientTransformation:
-    return lenient(optax.adam(1e-2))
+    return lenient(optax.adam(1e-2, eps=1e-3, eps_root=1e-6))
 
 
 def student(params, x):
+    x = x.astype(params["a"]["kernel"].dtype)
     hidden = jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"][None, :])
     return hidden @ params["b"]["kernel"]
 

@@ -165,7 +165,7 @@ class TestProjections:
         params["a"]["none"] = None
         params["b"]["empty"] = jnp.zeros((0, 4))
         params["b"]["zero"] = jnp.zeros((4, 4))
-        params["b"]["equal"] = jnp.full((4, 4), 0.5)
+        params["b"]["equal"] = jnp.full((4, 4), 0.5, jnp.float32)
         out = jax.jit(lambda params: jc.compress(row.make(), params))(params)
         assert types(out) == types(params)
         np.testing.assert_array_equal(out["b"]["zero"], 0)
@@ -217,7 +217,8 @@ def extra(transformation):
 
 
 def multi_steps(optimizer, every):
-    return lenient(optax.MultiSteps(optimizer, every).gradient_transformation())
+    accumulated = optax.MultiSteps(optimizer, every)
+    return lenient(optax.GradientTransformationExtraArgs(accumulated.init, accumulated.update))
 
 
 class TestTransformations:

@@ -1,1 +1,23 @@
-"""TODO."""
+"""Compressed arrays: pytree nodes that stand for one dense array and hold fewer bytes.
+
+Each has the `shape`, `dtype`, `ndim` and `size` of the dense array, the true `nbytes`, and
+`todense()`. They nest: the codes of a quantized array may be sparse, the factors of a
+low-rank one quantized. They pass through `jit`, `vmap` (stack them with `jax.tree.map`),
+`device_put`, `jax.tree.map` and Orbax as any pytree does; their fields are not checked when
+they are rebuilt there, but by the functions that build them.
+"""
+
+from jaxcompress.arrays._base import is_compressed as is_compressed
+from jaxcompress.arrays._base import todense as todense
+from jaxcompress.arrays._codebook import Codebook as Codebook
+from jaxcompress.arrays._low_rank import LowRank as LowRank
+from jaxcompress.arrays._masked import BitMasked as BitMasked
+from jaxcompress.arrays._masked import bit_mask as bit_mask
+from jaxcompress.arrays._nm import NM as NM
+from jaxcompress.arrays._nm import n_m as n_m
+from jaxcompress.arrays._nm import restrict as restrict
+from jaxcompress.arrays._nm import with_entries as with_entries
+from jaxcompress.arrays._packed import Packed as Packed
+from jaxcompress.arrays._packed import pack_bits as pack_bits
+from jaxcompress.arrays._quantized import Quantized as Quantized
+from jaxcompress.arrays._quantized import expand_groups as expand_groups

@@ -105,6 +105,7 @@ def low_rank(
 
     def find(params, *, previous=None, grads=None, step=0):
         del previous, grads
+        knob = number_at(rank if energy is None else energy, step).astype(jnp.float32)
 
         def leaf(path, w):
             require_matrix("low_rank", path, w)
@@ -112,20 +113,20 @@ def low_rank(
             limit = min(rows, width) if columns is None else min(rows, width, columns)
             left = rows <= width
 
-            def vectors(w):
+            def vectors(w, knob):
                 u, s, vt = jnp.linalg.svd(_matrix(w), full_matrices=False)
                 q = (u if left else vt.T)[:, :limit]
                 if energy is None:
-                    kept = jnp.round(number_at(rank, step).astype(jnp.float32))
+                    kept = jnp.round(knob)
                 else:
-                    kept = _rank_of_energy(s, number_at(energy, step).astype(jnp.float32))
+                    kept = _rank_of_energy(s, knob)
                 # A product, so that NaN is not hidden; the columns beyond the rank are zero.
                 live = jnp.arange(limit, dtype=jnp.float32) < kept
                 return jnp.where(live[None, :], q, 0.0)
 
-            return Basis(automatic(vectors, w, like_first=False), left)
+            return Basis(automatic(vectors, w, knob, like_first=False), left)
 
-        return tree.map_with_path(leaf, params)
+        return tree.map_arrays_with_path(leaf, params)
 
     return of_leaves(find)
 

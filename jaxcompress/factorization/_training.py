@@ -1,5 +1,6 @@
 """Training the factors of low-rank weights."""
 
+import functools
 import math
 
 import jax
@@ -59,7 +60,7 @@ def low_rank_factors(
             full = min(math.prod(w.shape[:-1]), w.shape[-1])
             width = full if columns is None else min(full, columns)
             kept = jnp.round(number_at(rank, 0).astype(jnp.float32))
-            u, v = automatic(lambda w: _balanced(w, kept, width), w, like_first=False)
+            u, v = automatic(functools.partial(_balanced, width=width), w, kept, like_first=False)
             return arrays.LowRank(u, v)
 
         return tree.map_with_path(leaf, params, chosen)
@@ -67,9 +68,9 @@ def low_rank_factors(
     return Reparametrization(init, arrays.todense)
 
 
-def _balanced(w: jax.Array, rank: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
+def _balanced(w: jax.Array, rank: jax.Array, *, width: int) -> tuple[jax.Array, jax.Array]:
     matrix = w.reshape(math.prod(w.shape[:-1]), w.shape[-1]).astype(jnp.float32)
     u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    root = jnp.sqrt(s[:width]) * (jnp.arange(width) < rank).astype(jnp.float32)
+    root = jnp.sqrt(s[:width]) * (jnp.arange(width, dtype=jnp.float32) < rank).astype(jnp.float32)
     u = (u[:, :width] * root[None, :]).reshape(w.shape[:-1] + (width,))
     return u.astype(w.dtype), (root[:, None] * vt[:width]).astype(w.dtype)

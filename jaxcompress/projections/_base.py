@@ -122,11 +122,17 @@ def show(params: PyTree, chosen: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, filled)
 
 
+def is_leaf_structure(x: Any) -> bool:
+    """Whether `x` is what `of_leaves` holds for a leaf, or stands for a leaf not chosen."""
+    # Of the class: a Flax variable hands on the attributes of what it holds.
+    return is_masked_node(x) or (hasattr(type(x), "pack") and hasattr(type(x), "project"))
+
+
 def pack_leaves(params: PyTree, structure: PyTree) -> PyTree:
     """Packs each leaf that has a structure, and leaves it as it is where packed is bigger."""
 
     def leaf(path, s, w):
-        if not hasattr(s, "pack"):
+        if is_masked_node(s):
             return w
         if any(_check.is_traced(x) for x in jax.tree.leaves((s, w))):
             raise TypeError(
@@ -142,8 +148,7 @@ def pack_leaves(params: PyTree, structure: PyTree) -> PyTree:
         packed = s.pack(w, path)
         return packed if packed.nbytes < w.nbytes else w
 
-    has_pack = lambda x: hasattr(x, "pack") or is_masked_node(x)  # noqa: E731
-    flat, treedef = jax.tree_util.tree_flatten_with_path(structure, is_leaf=has_pack)
+    flat, treedef = jax.tree_util.tree_flatten_with_path(structure, is_leaf=is_leaf_structure)
     leaves = treedef.flatten_up_to(params)
     packed = [
         leaf(tree.path_string(path), s, w) for (path, s), w in zip(flat, leaves, strict=True)

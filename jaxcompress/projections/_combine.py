@@ -143,16 +143,15 @@ def partition(
             label_tree = tree.map_with_path(labels, params)
         else:
             label_tree = labels
-        is_none = lambda x: x is None  # noqa: E731
-        for label in jax.tree.leaves(label_tree, is_leaf=is_none):
+        treedef = jax.tree.structure(tree.map_with_path(lambda _, w: 0, params))
+        flat = treedef.flatten_up_to(label_tree)
+        for label in flat:
             if label is not None and label not in members:
                 raise ValueError(
                     _check.message(
                         "partition", "labels", f"be one of {sorted(members)} or None", repr(label)
                     )
                 )
-        flat = jax.tree.leaves(label_tree, is_leaf=is_none)
-        treedef = jax.tree.structure(tree.map_with_path(lambda _, w: 0, params))
         return {
             label: tree.select(
                 params, jax.tree.unflatten(treedef, [x == label for x in flat]), function="partition"

@@ -8,7 +8,20 @@ from jaxcompress._types import PyTree
 
 def wide(dtype) -> jnp.dtype:
     """float32 for narrower floats: an update in it can reach every narrow value."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return dtype
     return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """`x` with the precision of `dtype`, in the dtype of `x`.
+
+    XLA may skip the rounding of a cast to a narrow type and back; it does not skip this one.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating) or x.dtype == dtype:
+        return x
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
 
 
 def apply(params: PyTree, updates: PyTree) -> PyTree:
@@ -17,8 +30,8 @@ def apply(params: PyTree, updates: PyTree) -> PyTree:
     def leaf(w, u):
         if w is None or u is None:
             return w
-        common = max(w.dtype, u.dtype, key=lambda dtype: dtype.itemsize)
-        return (w.astype(common) + u.astype(common)).astype(w.dtype)
+        common = wide(max(w.dtype, u.dtype, key=lambda dtype: dtype.itemsize))
+        return rounded(w.astype(common) + u.astype(common), w.dtype).astype(w.dtype)
 
     return jax.tree.map(leaf, params, updates, is_leaf=lambda x: x is None)
 
@@ -34,8 +47,8 @@ def land(params: PyTree, target: PyTree) -> PyTree:
     def leaf(w, t):
         if w is None or not jnp.issubdtype(w.dtype, jnp.floating):
             return None if w is None else t - w
-        dtype = wide(w.dtype)
-        w, t = w.astype(dtype), t.astype(dtype)
+        dtype, narrow = wide(w.dtype), w.dtype
+        w, t = w.astype(dtype), rounded(t.astype(dtype), narrow)
         update = t - w
         # The rounding of t - w, added back: what is still missing after the sum.
         return update + (t - (w + update))

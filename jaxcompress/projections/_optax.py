@@ -245,7 +245,8 @@ def _zero() -> jax.Array:
 
 def _optimizer(function: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
     if isinstance(optimizer, optax.MultiSteps):
-        optimizer = optimizer.gradient_transformation()
+        # Its own gradient_transformation() would drop the extra arguments.
+        return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(
             _check.message(

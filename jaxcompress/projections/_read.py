@@ -8,7 +8,13 @@ import optax
 
 from jaxcompress import _check, tree
 from jaxcompress._types import PyTree
-from jaxcompress.projections._base import Projection, is_masked_node, pack_leaves, show
+from jaxcompress.projections._base import (
+    Projection,
+    is_leaf_structure,
+    is_masked_node,
+    pack_leaves,
+    show,
+)
 from jaxcompress.projections._combine import Chained, Partitioned, _require_projection
 from jaxcompress.projections._optax import ProjectedState, ProjectState, StraightThroughState
 from jaxcompress.projections._reparametrize import ReparametrizedState
@@ -216,8 +222,7 @@ def _pack_structure(params: PyTree, held: PyTree) -> PyTree:
     if isinstance(held, Relaxed):
         require_hard(held)
         return _pack_structure(params, held.inner)
-    known = lambda x: hasattr(x, "pack") or is_masked_node(x)  # noqa: E731
-    if not all(known(x) for x in jax.tree.leaves(held, is_leaf=known)):
+    if not all(map(is_leaf_structure, jax.tree.leaves(held, is_leaf=is_leaf_structure))):
         raise ValueError(
             _check.message(
                 "pack", "source", "hold structures of the library's own projections",

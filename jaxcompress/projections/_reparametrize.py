@@ -7,6 +7,7 @@ import jax
 import optax
 
 from jaxcompress import _check
+from jaxcompress._sharding import place_like
 from jaxcompress._types import PyTree
 from jaxcompress.projections._land import apply, land
 from jaxcompress.projections._optax import _optimizer, _require_params, _when_applied
@@ -81,23 +82,26 @@ def reparametrized(
             )
         )
     inner_optimizer = _optimizer("reparametrized", optimizer)
-    init_latent, to_params = reparametrization
+    init_latent, from_latent = reparametrization
+
+    def to_params(latent, params):
+        return jax.tree.map(place_like, from_latent(latent), params)
 
     def init(params):
         latent = init_latent(params)
-        _require_same_shapes(params, jax.eval_shape(to_params, latent))
+        _require_same_shapes(params, jax.eval_shape(from_latent, latent))
         return ReparametrizedState(inner_optimizer.init(latent), latent)
 
     def update(updates, state, params=None, **extra):
         _require_params("reparametrized", params)
-        dense, pull = jax.vjp(to_params, state.latent)
+        dense, pull = jax.vjp(lambda z: to_params(z, params), state.latent)
         cotangents = jax.tree.map(lambda g, w: g.astype(w.dtype), updates, dense)
         (grads,) = pull(cotangents)
         updates, inner = inner_optimizer.update(grads, state.inner, state.latent, **extra)
 
         def applied():
             latent = apply(state.latent, updates)
-            return land(params, to_params(latent)), ReparametrizedState(inner, latent)
+            return land(params, to_params(latent, params)), ReparametrizedState(inner, latent)
 
         return _when_applied(state.inner, inner, params, updates, applied, state)
 

@@ -41,6 +41,8 @@ class Mask:
         codes = arrays.todense(w.codes)
         bits = w.codes.bits if isinstance(w.codes, arrays.Packed) else None
         pattern = self._sparse(codes, present)
+        if isinstance(w, arrays.Codebook) or w.binary:
+            pattern = arrays.restrict(pattern, present)
         return dataclasses.replace(w, codes=arrays.with_entries(pattern, codes, bits=bits))
 
     def _sparse(self, dense: jax.Array, present: jax.Array) -> Any:

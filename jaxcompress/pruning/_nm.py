@@ -30,10 +30,15 @@ def keep_n_of_m(scores: jax.Array, n: jax.Array | int, *, m: int, axis: int) -> 
 
     Source: Mishra et al. 2021, arXiv:2104.08378, section 3.
     """
-    return automatic(lambda s: _keep(s, n, m, axis % scores.ndim), scores, like_first=True)
+    return automatic(
+        lambda scores, n: _keep(scores, n, m, axis % scores.ndim),
+        scores,
+        jnp.asarray(n, jnp.int32),
+        like_first=True,
+    )
 
 
-def _keep(scores: jax.Array, n: jax.Array | int, m: int, axis: int) -> jax.Array:
+def _keep(scores: jax.Array, n: jax.Array, m: int, axis: int) -> jax.Array:
     length = scores.shape[axis]
     if scores.size == 0:
         return jnp.zeros(scores.shape, bool)

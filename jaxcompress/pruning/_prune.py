@@ -82,7 +82,7 @@ def prune(
         del previous, grads
         fraction = jnp.clip(number_at(sparsity, step).astype(jnp.float32), 0.0, 1.0)
         sizes = [w.size for w in jax.tree.leaves(params)]
-        magnitudes = tree.map_with_path(_magnitude, params)
+        magnitudes = tree.map_arrays_with_path(_magnitude, params)
         if scope == "global":
             keep = largest_of_tree(magnitudes, _kept_count(fraction, sum(sizes)))
         else:
@@ -119,7 +119,7 @@ def _prune_n_of_m(nm: tuple[int, int], axis: int, scope: str) -> Projection:
             along = 0 if w.ndim == 1 else _check.axis("prune", "axis", axis, w.ndim, path)
             return Mask(keep_n_of_m(scores, n, m=m, axis=along), nm=(n, m), axis=along)
 
-        return tree.map_with_path(leaf, params)
+        return tree.map_arrays_with_path(leaf, params)
 
     return of_leaves(find)
 

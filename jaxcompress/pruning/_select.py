@@ -100,7 +100,7 @@ def _largest(function: str, leaves: list[jax.Array], k: ArrayLike) -> list[jax.A
     kept = _clipped(function, k, total)
     if total == 0:
         return [jnp.zeros(x.shape, bool) for x in leaves]
-    return _masks([lax.stop_gradient(x) for x in leaves], kept)
+    return _masks(leaves, kept)
 
 
 def _clipped(function: str, k: ArrayLike, total: int) -> jax.Array:
@@ -143,7 +143,7 @@ def _masks(leaves: list[jax.Array], k: jax.Array) -> list[jax.Array]:
     threshold = _threshold.key_at(bracket.low, space)
     # Either `low` parts off exactly k entries, or all between `low` and `high` are tied.
     tied = bracket.reach_low - bracket.reach_high
-    wanted = jnp.where(bracket.reach_low == k, tied, k - bracket.reach_high)
+    wanted = k - bracket.reach_high
 
     def tied_up_to(places: jax.Array) -> jax.Array:
         # The barrier makes the indices depend on the pass: XLA would otherwise compute them

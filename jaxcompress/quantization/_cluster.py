@@ -1,6 +1,7 @@
 """Weight sharing by k-means as a projection."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxcompress import _check, arrays, tree
 from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric
 from jaxcompress.projections import Projection, number_at, of_leaves
-from jaxcompress.quantization._grid import pattern_of
+from jaxcompress.quantization._grid import pattern_without_zeros
 
 
 @jax.tree_util.register_dataclass
@@ -49,9 +50,7 @@ class Centroids:
         values = jnp.asarray(values[np.isfinite(values)])
         bits = max(1, int(len(values) - 1).bit_length())
         codes = _assign(dense.astype(jnp.float32), values).astype(jnp.uint8)
-        pattern = pattern_of(w)
-        if pattern is None and bool((dense == 0).any()):
-            pattern = arrays.bit_mask(dense, dense != 0)
+        pattern = pattern_without_zeros(w, dense)
         if pattern is not None:
             codes = arrays.with_entries(pattern, codes, bits=bits if bits < 8 else None, signed=False)
         elif bits < 8:
@@ -116,18 +115,20 @@ def cluster(num_values: Numeric, *, max_values: int | None = None, iterations: i
 
         def leaf(path, w, held):
             _check.floating("cluster", "params", w, path)
-            start = None if held is None else held.values
-            fit = lambda w: _fit(w.astype(jnp.float32), count, size, iterations, start)  # noqa: E731
-            return Centroids(automatic(fit, w, like_first=False))
+            start = jnp.full(size, jnp.nan, jnp.float32) if held is None else held.values
+            fit = functools.partial(_fit, size=size, iterations=iterations)
+            return Centroids(automatic(fit, w, count, start, like_first=False))
 
         if previous is None:
-            return tree.map_with_path(lambda path, w: leaf(path, w, None), params)
-        return tree.map_with_path(leaf, params, previous)
+            return tree.map_arrays_with_path(lambda path, w: leaf(path, w, None), params)
+        return tree.map_arrays_with_path(leaf, params, previous)
 
     return of_leaves(find)
 
 
-def _fit(x: jax.Array, count: jax.Array, size: int, iterations: int, held: jax.Array | None):
+def _fit(w: jax.Array, count: jax.Array, held: jax.Array, *, size: int, iterations: int):
+    """Centroids of the non-zero finite entries, from `held` on if it has `count` of them."""
+    x = w.astype(jnp.float32)
     used = jnp.isfinite(x) & (x != 0)
     index = jnp.arange(size, dtype=jnp.float32)
     low = jnp.min(x, where=used, initial=jnp.inf)
@@ -137,9 +138,8 @@ def _fit(x: jax.Array, count: jax.Array, size: int, iterations: int, held: jax.A
     # Evenly spread; a single value starts at the middle.
     place = jnp.where(count > 1, index * (1.0 / jnp.maximum(count - 1, 1.0)), 0.5)
     values = jnp.where(index < count, low * (1.0 - place) + high * place, jnp.inf)
-    if held is not None:
-        same = jnp.sum(jnp.isfinite(held)) == count.astype(jnp.int32)
-        values = jnp.where(same, held, values)
+    same = jnp.sum(jnp.isfinite(held)) == count.astype(jnp.int32)
+    values = jnp.where(same, held, values)
     flat, weight = x.ravel(), used.ravel().astype(jnp.float32)
 
     def lloyd(_, values):

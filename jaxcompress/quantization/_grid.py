@@ -55,10 +55,7 @@ class Grid:
         scale, zero_point = self._expanded(dense)
         codes = self._codes(dense, scale, zero_point)
         binary = symmetric and bits == 1
-        # A binary code has no zero: exact zeros are left out by a mask.
-        pattern = pattern_of(w)
-        if pattern is None and binary and bool((dense == 0).any()):
-            pattern = arrays.bit_mask(dense, dense != 0)
+        pattern = pattern_without_zeros(w, dense) if binary else pattern_of(w)
         if binary:
             codes = codes > 0
         signed = symmetric and not binary
@@ -83,7 +80,7 @@ class Grid:
         return jnp.where(self.bits == 1, jnp.sign(steps), jnp.clip(jnp.round(steps), -top, top))
 
     def _expanded(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        expand = functools.partial(expand_groups, shape=w.shape, group=self.group)
+        expand = functools.partial(arrays.expand_groups, shape=w.shape, group=self.group)
         zero_point = None if self.zero_point is None else expand(self.zero_point)
         return expand(self.scale), zero_point
 
@@ -110,7 +107,9 @@ def fit_grid(
     """
     if group is None:
         return _fit(w, bits, shared, group, symmetric)
-    return automatic(lambda x: _fit(x, bits, shared, group, symmetric), w, like_first=False)
+    return automatic(
+        lambda w, bits: _fit(w, bits, shared, group, symmetric), w, bits, like_first=False
+    )
 
 
 def _fit(w, bits, shared, group, symmetric) -> Grid:
@@ -162,17 +161,15 @@ def _split_groups(x: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.pad(x, padding).reshape(x.shape[:axis] + (groups, size) + x.shape[axis + 1 :])
 
 
-def expand_groups(
-    scale: jax.Array, *, shape: tuple[int, ...], group: tuple[int, int] | None
-) -> jax.Array:
-    """One entry per group as one entry per index of the grouped axis."""
-    if group is None:
-        return scale
-    axis, size = group
-    return jax.lax.slice_in_dim(jnp.repeat(scale, size, axis=axis), 0, shape[axis], axis=axis)
-
-
 def pattern_of(w: Any) -> Any:
     """The sparse array that holds the entries of `w`, or None for a dense leaf."""
     inner = w.codes if isinstance(w, (arrays.Quantized, arrays.Codebook)) else w
     return inner if isinstance(inner, (arrays.BitMasked, arrays.NM)) else None
+
+
+def pattern_without_zeros(w: Any, dense: jax.Array) -> Any:
+    """A pattern that leaves out every exact zero, for codes that have none for it."""
+    pattern, present = pattern_of(w), dense != 0
+    if pattern is not None:
+        return arrays.restrict(pattern, present)
+    return None if bool(present.all()) else arrays.bit_mask(dense, present)

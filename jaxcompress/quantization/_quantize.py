@@ -87,6 +87,6 @@ def quantize(
         del previous, grads
         width = jnp.clip(jnp.round(number_at(bits, step).astype(jnp.float32)), 1, 8)
         width = width.astype(jnp.int32)
-        return tree.map_with_path(lambda path, w: leaf_grid(path, w, width), params)
+        return tree.map_arrays_with_path(lambda path, w: leaf_grid(path, w, width), params)
 
     return of_leaves(find)

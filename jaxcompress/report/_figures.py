@@ -227,7 +227,6 @@ def _log_axis(axes: Any, sizes: Sequence[float], unit: str) -> None:
     axes.set_xlim(low / room, high * room)
     decades = math.log10(high / low) if high > low else 0.0
     subs = (1.0,) if decades > 2.5 else (1.0, 2.0, 5.0)
-    subs = subs if decades > 0.8 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
     axes.xaxis.set_major_locator(LogLocator(subs=subs))
     axes.xaxis.set_major_formatter(EngFormatter(unit=unit))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -62,8 +62,7 @@ def paired_leaves(
 def host(function: str, path: str, leaf: Any) -> np.ndarray | None:
     """The dense values of `leaf` in NumPy, pulled once; None when it is abstract.
 
-    Floating-point dtypes that NumPy does not know become float32, integers of less than
-    eight bits int32.
+    Floating-point dtypes narrower than float32 become float32.
     """
     parts = jax.tree.leaves(leaf)
     if any(_check.is_traced(part) for part in parts):
@@ -93,8 +92,6 @@ def host(function: str, path: str, leaf: Any) -> np.ndarray | None:
     dense = np.asarray(jax.device_get(leaf.todense() if tree.is_array_like(leaf) else leaf))
     if jnp.issubdtype(dense.dtype, jnp.floating):
         return dense if dense.dtype in (np.float32, np.float64) else dense.astype(np.float32)
-    if jnp.issubdtype(dense.dtype, jnp.integer) and not np.issubdtype(dense.dtype, np.integer):
-        return dense.astype(np.int32)
     return dense
 
 

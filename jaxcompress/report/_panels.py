@@ -12,7 +12,7 @@ from jaxcompress.report._leaves import host, paired_leaves, require, unit_matrix
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FEW = 64  # at most so many distinct values are drawn one by one
+_FEW, _MANY = 64, 256  # distinct values: drawn one by one up to here, as a curve up to there
 
 
 def histograms(
@@ -28,8 +28,10 @@ def histograms(
     Heights are densities over all entries of the leaf. Exact zeros are told in words ("90%
     zeros") and not drawn: a spike would flatten the rest, and what is drawn of a pruned leaf
     then lies on the dense curve wherever weights were kept. A leaf of at most 64 distinct
-    values (quantized, clustered) is drawn as one line per value, of height share / spacing,
-    where the spacing reaches half-way to the values beside it: it too follows the curve.
+    values that repeat (quantized, clustered) is drawn as one line per value, of height
+    share / spacing, where the spacing reaches half-way to the values beside it: it too
+    follows the curve. Up to 256 values the same heights are joined, since bins would hold
+    one value or two.
 
     Args:
         params: any pytree; compressed leaves are densified.
@@ -222,14 +224,19 @@ def _distribution(
     if not drawn.size:
         return
     levels = np.unique(values[np.isfinite(values)]).astype(np.float64)
-    if 2 <= levels.size <= _FEW and values.size >= 4 * levels.size:
+    if 2 <= levels.size <= _MANY and drawn.size >= 4 * np.count_nonzero(levels):
         gaps = np.diff(levels)
         cells = np.convolve(np.concatenate([gaps[:1], gaps, gaps[-1:]]), [0.5, 0.5], "valid")
         counts = np.array([np.count_nonzero(drawn == level) for level in levels])
+        heights = counts / values.size / cells
+        if levels.size > _FEW:
+            heights[levels == 0] = np.nan  # a gap in the curve
+            axes.plot(levels, heights, color=color, linewidth=1.5, label=name)
+            return
         shown = levels != 0
-        heights = counts[shown] / values.size / cells[shown]
-        axes.vlines(levels[shown], 0, heights, color=color, linewidth=1.6, label=name)
-        axes.plot(levels[shown], heights, "o", color=color, markersize=3.2)
+        levels, heights = levels[shown], heights[shown]
+        axes.vlines(levels, 0, heights, color=color, linewidth=1.6, label=name)
+        axes.plot(levels, heights, "o", color=color, markersize=3.2)
         return
     counts, _ = np.histogram(drawn, edges)
     heights = counts / values.size / np.diff(edges)

@@ -115,9 +115,9 @@ def summary(params: PyTree, after: PyTree | None = None, *, ranks: bool = True) 
         (0.5, 3, 1, 16, 0.2673)
         >>> print(summary(before))
          leaf   shape  stored as  params  zeros  bytes
-        ──────────────────────────────────────────────
+         ──────────────────────────────────────────────
          w        2×2  float32         4  25.0%   16 B
-        ──────────────────────────────────────────────
+         ──────────────────────────────────────────────
          total                         4  25.0%   16 B
     """
     rows, squares = [], []

@@ -2,6 +2,7 @@
 
 from jaxcompress.tree._paths import is_array_like as is_array_like
 from jaxcompress.tree._paths import leaves_with_paths as leaves_with_paths
+from jaxcompress.tree._paths import map_arrays_with_path as map_arrays_with_path
 from jaxcompress.tree._paths import map_with_path as map_with_path
 from jaxcompress.tree._paths import path_string as path_string
 from jaxcompress.tree._select import Where as Where

@@ -9,8 +9,9 @@ from jaxcompress._types import PyTree
 
 
 def is_array_like(x: Any) -> bool:
-    """Whether `x` stands for one array as a whole: it has a shape, a dtype and `todense`."""
-    return hasattr(x, "todense") and hasattr(x, "shape") and hasattr(x, "dtype")
+    """Whether `x` stands for one array as a whole: it has `todense`."""
+    # Of the class: a Flax variable hands on the attributes of what it holds.
+    return hasattr(type(x), "todense") and hasattr(type(x), "nbytes")
 
 
 def path_string(path: tuple[Any, ...]) -> str:
@@ -54,6 +55,13 @@ def map_with_path(
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, *leaves: f(path_string(path), *leaves), tree, *rest, is_leaf=_leaf_test(is_leaf)
+    )
+
+
+def map_arrays_with_path(f: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """`map_with_path` that goes into compressed arrays: their factors and codes are leaves."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: f(path_string(path), *leaves), tree, *rest
     )
 
 

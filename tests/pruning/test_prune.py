@@ -121,7 +121,8 @@ def test_sweep_compiles_once():
     out = sweep(jnp.linspace(0, 0.9, 4), jnp.array([1, 2, 4, 8]))
     sweep(jnp.linspace(0.1, 0.8, 4), jnp.array([8, 4, 2, 1]))
     assert sweep._cache_size() == 1
-    np.testing.assert_array_equal((out["w"] == 0).sum((1, 2)) >= np.round([0, 38.4, 76.8, 115.2]), True)
+    zeros = (np.asarray(out["w"]) == 0).sum((1, 2))
+    assert (zeros >= np.round([0, 38.4, 76.8, 115.2])).all()
 
 
 def test_packed_size_is_kept_values_and_one_bit_each():
@@ -129,7 +130,7 @@ def test_packed_size_is_kept_values_and_one_bit_each():
     packed = jc.pack(jc.prune(0.9), {"w": w})["w"]
     assert packed.nbytes == 300 * 4 + 3000 // 8
     packed = jc.pack(jc.prune(nm=(2, 4)), {"w": w})["w"]
-    assert packed.nbytes == 1500 * 4 + 1500 * 2 // 8
+    assert packed.nbytes == 1500 * 4 + 2 * -(-1500 // 8)
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ def test_bars_of_two_trees():
 
 
 def test_limit_keeps_the_largest_and_says_so():
-    params = {"a": np.ones((2, 2)), "b": np.ones((9, 9)), "c": np.ones(3), "d": np.ones((5, 5))}
+    params = {"a": np.ones((2, 2)), "b": np.ones((5, 5)), "c": np.ones(3), "d": np.ones((9, 9))}
     made = figure(summary(params), limit=2)
-    assert widths(made.axes[0]) == [[648, 200]]
+    assert widths(made.axes[0]) == [[200, 648]]
     assert made.get_supxlabel() == "The 2 largest leaves; 2 more hold 56 B."
     with pytest.raises(ValueError, match="figure: `limit`"):
         figure(summary(params), limit=0)
@@ -102,7 +102,12 @@ def test_tradeoff_labels_hide_neither_each_other_nor_points(seed):
     points = [
         (f"setting {i}", 10 ** rng.uniform(5, 7), 1 - rng.uniform(0, 1) ** 3 / 5) for i in range(14)
     ]
-    points += [("close one", 1e6, 0.9), ("close two", 1.01e6, 0.9001), ("close three", 1e6, 0.9)]
+    points += [
+        ("close one", 1e6, 0.9),
+        ("close two", 1.01e6, 0.9001),
+        ("the name of the last point is so long that it goes left", 1.05e7, 0.94),
+        ("close three", 1e6, 0.9),
+    ]
     made = tradeoff(points)
     made.draw_without_rendering()
     renderer = made.canvas.get_renderer()
@@ -160,7 +165,7 @@ def test_missing_matplotlib(name, monkeypatch):
 
 
 def test_dollars_are_not_maths():
-    params = {"a$_b$": np.ones((3, 3)), "c$": np.ones((3, 3))}
+    params = {r"a$\q$": np.ones((3, 3)), "c$": np.ones((3, 3))}
     for made in (figure(summary(params)), histograms(params), spectra(params)):
         made.draw_without_rendering()
-    tradeoff([("$x_", 1, 1), ("$a$", 2, 2)]).draw_without_rendering()
+    tradeoff([("$x_", 1, 1), (r"$\q$", 2, 2)]).draw_without_rendering()

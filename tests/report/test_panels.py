@@ -83,6 +83,31 @@ def test_few_values_are_lines_that_follow_the_curve():
     np.testing.assert_allclose(heights[1:-1], normal[1:-1], atol=0.02)
 
 
+def test_uneven_values_share_the_room_between_them():
+    w = np.repeat(np.array([-4.0, 0.0, 1.0, 2.0, 6.0], np.float32), [1, 4, 8, 4, 3]).reshape(4, 5)
+    (axes,) = histograms([w]).axes
+    (points,) = [line for line in axes.lines if line.get_marker() == "o"]
+    shares, rooms = np.array([1, 8, 4, 3]) / 20, np.array([4.0, 1.0, 2.5, 4.0])
+    np.testing.assert_allclose(points.get_ydata(), shares / rooms)
+    assert said(axes) == "20% zeros"
+
+
+def test_eight_bits_are_a_curve_with_a_gap_at_zero():
+    w = weights(200, 100)
+    codes = np.round(w / 0.05)
+    (axes,) = histograms([w], [(codes * np.float32(0.05)).astype(np.float32)]).axes
+    levels, counts = np.unique(codes, return_counts=True)
+    assert 64 < len(levels) <= 256
+    (curve,) = [line for line in axes.lines if len(line.get_xdata()) == len(levels)]
+    x, heights = curve.get_data()
+    np.testing.assert_allclose(x, 0.05 * levels, rtol=1e-6)
+    inner = np.abs(levels) < 30
+    assert np.isnan(heights[levels == 0]).all()
+    shown = inner & (levels != 0)
+    np.testing.assert_allclose(heights[shown], counts[shown] / codes.size / 0.05, rtol=1e-5)
+    assert len(stairs(axes)) == 1
+
+
 def test_limit_takes_the_largest_in_tree_order():
     params = {"a": weights(3, 3), "b": weights(9, 9), "c": weights(5, 5), "d": weights(2, 2)}
     made = histograms(params, limit=2)

@@ -1,0 +1,344 @@
+"""Losses between the logits of a student and of a teacher, one number per row.
+
+All is done with logarithms of probabilities, and what is masked out is replaced before it is
+computed with, so that neither a value nor a gradient is NaN where the loss is finite.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress import _check
+from jaxcompress._types import ArrayLike
+
+_NEAR = 0.5  # below this |log ratio|, its series beats the plain formula
+
+
+class _Row(NamedTuple):
+    """A distribution over the classes: which it has, their logs (0 elsewhere), themselves."""
+
+    present: jax.Array
+    logs: jax.Array
+    probabilities: jax.Array
+
+
+def kd_loss(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    r"""Knowledge distillation: how far the student's softened distribution is from the teacher's.
+
+    .. math:: L = T^2\,\mathrm{KL}\bigl(\mathrm{softmax}(t / T) \,\|\,
+        \mathrm{softmax}(s / T)\bigr)
+
+    The factor :math:`T^2` keeps the size of the gradient the same at all temperatures, so the
+    temperature may be tuned without tuning the loss's weight again. For large T the loss tends
+    to half of `mse_logits(student, teacher, centred=True)`.
+
+    Args:
+        student_logits: :math:`s`, shape [..., classes], any real float dtype.
+        teacher_logits: :math:`t`, the same shape, any real float dtype.
+        temperature: :math:`T > 0`, a scalar or one number per row (shape
+            `student_logits.shape[:-1]`). May be traced.
+        where: booleans that broadcast to the logits' shape: which classes there are. The
+            others have probability zero in both, whatever their logits (NaN too). So has
+            a class whose logit is -inf.
+
+    Returns:
+        One number per row, at least 0, shape `student_logits.shape[:-1]`; float64 if an
+        argument is, otherwise float32 (bfloat16 and float16 are computed in float32). A row
+        without classes has loss 0, and zero gradients. It is inf where the teacher has a class
+        that the student rules out with -inf; no gradient flows through such a class.
+
+    Raises:
+        TypeError: the logits are not real floating point, `where` is not boolean; raised while
+            tracing.
+        ValueError: the shapes of the logits differ or are (), a known `temperature` is not
+            above 0.
+
+    Cost: about five reductions over the classes, and the same again for the gradient.
+
+    Examples:
+        >>> student, teacher = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])
+        >>> jc.kd_loss(student, teacher).round(4)
+        Array([0.4621], dtype=float32)
+        >>> jc.kd_loss(student, teacher, temperature=100.0).round(4)
+        Array([0.5], dtype=float32)
+        >>> jax.vmap(jc.kd_loss, (None, None, 0))(student, teacher, jnp.arange(1.0, 5.0)).shape
+        (4, 1)
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2. Differs: the teacher's entropy,
+    a constant for the student, is subtracted, so that equal logits have loss 0. Small losses
+    keep their relative accuracy in float32, where the difference of two logarithms loses it.
+    Gradients flow to the teacher too, as in Optax; `jc.distill` stops them.
+    """
+    student, teacher, temperature, keep = _read(
+        "kd_loss", student_logits, teacher_logits, temperature, where
+    )
+    return temperature * temperature * _kl(student, teacher, temperature, keep)
+
+
+def kl_divergence(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    r"""Kullback-Leibler divergence of the student's distribution from the teacher's.
+
+    .. math:: L = \sum_c p_c \log(p_c / q_c), \quad
+        p = \mathrm{softmax}(t / T), \quad q = \mathrm{softmax}(s / T)
+
+    Args:
+        student_logits: :math:`s`, shape [..., classes], any real float dtype.
+        teacher_logits: :math:`t`, the same shape, any real float dtype.
+        temperature: :math:`T > 0`, a scalar or one number per row. May be traced.
+        where: booleans that broadcast to the logits' shape: which classes there are.
+
+    Returns:
+        `kd_loss` without its factor :math:`T^2`, in nats; see there for all else.
+
+    Raises:
+        TypeError: the logits are not real floating point, `where` is not boolean; raised while
+            tracing.
+        ValueError: the shapes of the logits differ or are (), a known `temperature` is not
+            above 0.
+
+    Cost: that of `kd_loss`.
+
+    Examples:
+        >>> kl = jc.distillation.kl_divergence
+        >>> kl(jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), 1.0).round(3)
+        Array(0.462, dtype=float32)
+
+    Source: Kullback & Leibler 1951. Differs from `optax.losses.kl_divergence`: logits on both
+    sides, a temperature, and a gradient for the teacher that is finite at probability 0.
+    """
+    student, teacher, temperature, keep = _read(
+        "kl_divergence", student_logits, teacher_logits, temperature, where
+    )
+    return _kl(student, teacher, temperature, keep)
+
+
+def soft_cross_entropy(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    temperature: ArrayLike = 1.0,
+    *,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    r"""Cross-entropy of the student with the teacher's distribution as its soft labels.
+
+    .. math:: L = -\sum_c p_c \log q_c, \quad
+        p = \mathrm{softmax}(t / T), \quad q = \mathrm{softmax}(s / T)
+
+    It is `kl_divergence` plus the teacher's entropy, so both have the same gradient for the
+    student. Multiply by :math:`T^2` yourself to keep the gradient's size across temperatures.
+
+    Args:
+        student_logits: :math:`s`, shape [..., classes], any real float dtype.
+        teacher_logits: :math:`t`, the same shape, any real float dtype.
+        temperature: :math:`T > 0`, a scalar or one number per row. May be traced.
+        where: booleans that broadcast to the logits' shape: which classes there are.
+
+    Returns:
+        One number per row, in nats, at least 0; shape, dtype, masks and infinities as in
+        `kd_loss`.
+
+    Raises:
+        TypeError: the logits are not real floating point, `where` is not boolean; raised while
+            tracing.
+        ValueError: the shapes of the logits differ or are (), a known `temperature` is not
+            above 0.
+
+    Cost: four reductions over the classes, and the same again for the gradient.
+
+    Examples:
+        >>> jc.soft_cross_entropy(jnp.zeros((2, 4)), jnp.zeros((2, 4))).round(4)
+        Array([1.3863, 1.3863], dtype=float32)
+
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2 (without :math:`T^2`).
+    """
+    student, teacher, temperature, keep = _read(
+        "soft_cross_entropy", student_logits, teacher_logits, temperature, where
+    )
+    q, p = _softmax(student, temperature, keep), _softmax(teacher, temperature, keep)
+    terms = jnp.where(p.present & ~q.present, _ruled_out(p), -p.probabilities * q.logs)
+    return jnp.sum(terms, -1)
+
+
+def mse_logits(
+    student_logits: ArrayLike,
+    teacher_logits: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    centred: bool = False,
+) -> jax.Array:
+    r"""Mean squared difference of the logits.
+
+    .. math:: L = \frac{1}{C} \sum_c (s_c - t_c)^2
+
+    Args:
+        student_logits: :math:`s`, shape [..., classes], any real float dtype.
+        teacher_logits: :math:`t`, the same shape, any real float dtype.
+        where: booleans that broadcast to the logits' shape: the :math:`C` classes counted.
+            A class whose logit is -inf in both is not counted either.
+        centred: static. First subtracts from each row of logits its mean over the classes
+            counted. Half of the result is the limit of `kd_loss` for large temperatures.
+
+    Returns:
+        One number per row, at least 0, shape `student_logits.shape[:-1]`; float64 if an
+        argument is, otherwise float32 (bfloat16 and float16 are computed in float32). A row
+        without classes has loss 0, and zero gradients. It is inf where only one of the two
+        logits is -inf; no gradient flows through such a class, and none centres on it.
+
+    Raises:
+        TypeError: the logits are not real floating point, `where` is not boolean; raised while
+            tracing.
+        ValueError: the shapes of the logits differ or are ().
+
+    Cost: one reduction over the classes, two if centred.
+
+    Examples:
+        >>> jc.mse_logits(jnp.array([3.0, 1.0]), jnp.array([1.0, 1.0]))
+        Array(2., dtype=float32)
+        >>> jc.mse_logits(jnp.array([3.0, 1.0]), jnp.array([1.0, 1.0]), centred=True)
+        Array(1., dtype=float32)
+
+    Source: Ba & Caruana 2014, arXiv:1312.6184, section 2.2; Kim et al. 2021,
+    arXiv:2105.08919, section 4 (the limit). Differs: a mean, where they have half of a sum.
+    """
+    student, teacher, _, keep = _read("mse_logits", student_logits, teacher_logits, 1.0, where)
+    in_student, in_teacher = keep & (student != -jnp.inf), keep & (teacher != -jnp.inf)
+    both, either = in_student & in_teacher, in_student | in_teacher
+    difference = jnp.where(both, student, 0.0) - jnp.where(both, teacher, 0.0)
+    if centred:
+        shared = jnp.maximum(jnp.sum(both, -1, keepdims=True, dtype=difference.dtype), 1.0)
+        mean = jnp.sum(difference, -1, keepdims=True) / shared
+        difference = jnp.where(both, difference - mean, 0.0)
+    squares = jnp.where(either & ~both, jnp.inf, jnp.square(difference))
+    count = jnp.maximum(jnp.sum(either, -1, dtype=difference.dtype), 1.0)
+    return jnp.sum(squares, -1) / count
+
+
+def require_temperature(function: str, temperature: Any, rows: tuple[int, ...]) -> None:
+    """Refuses what is neither a scalar nor one real number per row, and known numbers <= 0."""
+    rule = f"be a real number above 0, or {list(rows)} of them, one per row"
+    got = _check.describe(temperature)
+    if temperature is None or isinstance(temperature, (bool, str)) or callable(temperature):
+        raise TypeError(_check.message(function, "temperature", rule, got))
+    kind = jnp.result_type(temperature)
+    if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
+        raise TypeError(_check.message(function, "temperature", rule, got))
+    if jnp.shape(temperature) not in ((), rows):
+        raise ValueError(_check.message(function, "temperature", rule, got))
+    if not _check.is_traced(temperature) and not np.all(np.asarray(temperature) > 0):
+        raise ValueError(_check.message(function, "temperature", rule, temperature))
+
+
+def _read(function, student, teacher, temperature, where):
+    """Both logits, the temperature and the mask, checked, in the dtype to compute in."""
+    for name, logits in {"student_logits": student, "teacher_logits": teacher}.items():
+        if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
+            rule, fix = "be real floating-point logits", "Give logits, not labels."
+            raise TypeError(_check.message(function, name, rule, _check.describe(logits), fix))
+        if logits.ndim == 0:
+            rule, got = "have a last axis of classes", _check.describe(logits)
+            raise ValueError(_check.message(function, name, rule, got))
+    if student.shape != teacher.shape:
+        rule = f"have the shape of `student_logits`, {list(student.shape)}"
+        fix = "Both have a logit for each class of each row; broadcast them yourself."
+        got = _check.describe(teacher)
+        raise ValueError(_check.message(function, "teacher_logits", rule, got, fix))
+    require_temperature(function, temperature, student.shape[:-1])
+    student, teacher = jnp.asarray(student), jnp.asarray(teacher)
+    double = jnp.float64 in (student.dtype, teacher.dtype)
+    dtype = jnp.float64 if double else jnp.float32
+    keep = _mask(function, where, student.shape)
+    temperature = jnp.asarray(temperature, dtype)
+    return student.astype(dtype), teacher.astype(dtype), temperature, keep
+
+
+def _mask(function, where, shape):
+    if where is None:
+        return jnp.ones(shape, bool)
+    rule = f"be booleans that broadcast to the logits' shape {list(shape)}"
+    if jnp.result_type(where) != jnp.bool_:
+        raise TypeError(_check.message(function, "where", rule, _check.describe(where)))
+    try:
+        return jnp.broadcast_to(jnp.asarray(where), shape)
+    except ValueError:
+        got = _check.describe(where)
+        raise ValueError(_check.message(function, "where", rule, got)) from None
+
+
+def _column(row):
+    """One number per row, to be used on the rows."""
+    return row if row.ndim == 0 else jnp.expand_dims(row, -1)
+
+
+def _softmax(logits, temperature, keep) -> _Row:
+    present = keep & (logits != -jnp.inf)
+    z = jnp.where(present, logits, 0.0) / _column(temperature)
+    some = jnp.any(present, -1, keepdims=True)
+    top = _largest(z, present)
+    z = jnp.where(present, z - top, 0.0)
+    powers = jnp.where(present, jnp.exp(z), 0.0)
+    total = jnp.where(some, jnp.sum(powers, -1, keepdims=True), 1.0)
+    return _Row(present, jnp.where(present, z - jnp.log(total), 0.0), powers / total)
+
+
+def _largest(x, present):
+    """The largest entry present of each row, 0 if there is none. Has no gradient."""
+    x = jax.lax.stop_gradient(jnp.where(present, x, -jnp.inf))
+    top = jnp.max(x, -1, keepdims=True, initial=-jnp.inf)
+    return jnp.where(jnp.any(present, -1, keepdims=True), top, 0.0)
+
+
+def _ruled_out(p: _Row):
+    """The infinite terms of classes that the teacher has and the student rules out."""
+    return jnp.where(p.probabilities > 0, jnp.inf, 0.0)
+
+
+def _kl(student, teacher, temperature, keep):
+    """KL as the sum of `q - p - p log(q / p) >= 0`, each term exact to its own size."""
+    q, p = _softmax(student, temperature, keep), _softmax(teacher, temperature, keep)
+    both = q.present & p.present
+    ratio = jnp.where(both, _log_ratio(q, p, student, teacher, temperature), 0.0)
+    near = jnp.abs(ratio) <= _NEAR
+    far = q.probabilities - p.probabilities - p.probabilities * ratio
+    terms = jnp.where(near, p.probabilities * _excess(jnp.where(near, ratio, 0.0)), far)
+    # A class that only the student has: q - 0 - 0.
+    terms = jnp.where(both, terms, q.probabilities)
+    terms = jnp.where(p.present & ~q.present, _ruled_out(p), terms)
+    return jnp.sum(terms, -1)
+
+
+def _log_ratio(q: _Row, p: _Row, student, teacher, temperature):
+    """`log(q / p)`; for like rows from the logits' difference, which loses no digits.
+
+    There `q / p` is `exp(d) / sum(p exp(d))` with d the difference over the temperature.
+    """
+    both = q.present & p.present
+    d = jnp.where(both, student, 0.0) - jnp.where(both, teacher, 0.0)
+    d = jnp.where(both, d / _column(temperature), 0.0)
+    top, bottom = _largest(d, both), -_largest(-d, both)
+    like = jnp.all(q.present == p.present, -1, keepdims=True) & (top - bottom <= 1.0)
+    d = jnp.where(both & like, d - top, 0.0)
+    mean = jnp.sum(p.probabilities * jnp.expm1(d), -1, keepdims=True)
+    fine = d - jnp.log1p(jnp.where(like, mean, 0.0))
+    return jnp.where(like, fine, q.logs - p.logs)
+
+
+def _excess(x):
+    """`exp(x) - 1 - x` by its series, for |x| up to `_NEAR`, to relative rounding."""
+    series = jnp.ones_like(x)
+    for k in range(15 if x.dtype == jnp.float64 else 9, 2, -1):
+        series = 1.0 + x / k * series
+    return 0.5 * x * x * series

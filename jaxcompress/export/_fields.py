@@ -1,0 +1,201 @@
+"""The fields of compressed arrays: which there are, and what must hold between them.
+
+Saving and loading check the same rules, on arrays whose parts are NumPy arrays: a file that
+could not be loaded is never written, and a crafted one never becomes an array.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays import NM, BitMasked, Codebook, LowRank, Packed, Quantized
+
+# Class, parts (arrays or nested compressed arrays) and static fields of each kind in a file.
+KINDS: dict[str, tuple[type, tuple[str, ...], tuple[str, ...]]] = {
+    "packed": (Packed, ("planes",), ("shape", "signed")),
+    "bit_masked": (BitMasked, ("values", "mask"), ("shape",)),
+    "nm": (NM, ("values", "indices"), ("n", "m", "axis", "shape")),
+    "quantized": (Quantized, ("codes", "scale", "zero_point"), ("dtype", "group", "binary")),
+    "low_rank": (LowRank, ("u", "v"), ()),
+    "codebook": (Codebook, ("codes", "values"), ("dtype",)),
+}
+
+# No array of this many entries exists; larger sizes overflow in the compiler.
+_MOST_ENTRIES = 1 << 40
+
+_NAMES = (
+    "bool int2 int4 int8 int16 int32 int64 uint2 uint4 uint8 uint16 uint32 uint64 float16 float32"
+    " float64 bfloat16 complex64 complex128 float8_e3m4 float8_e4m3 float8_e4m3b11fnuz"
+    " float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn"
+)
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(name if hasattr(np, name) else getattr(jnp, name))
+    for name in _NAMES.split()
+    if hasattr(np, name) or hasattr(jnp, name)
+}
+
+
+def require(holds: Any, rule: str) -> None:
+    """Refuses a file or an array by its rule; the caller adds the path."""
+    if not holds:
+        raise ValueError(rule)
+
+
+def static_to_json(name: str, value: Any) -> Any:
+    """A static field as JSON."""
+    if name in ("shape", "group"):
+        return None if value is None else [int(v) for v in value]
+    if name == "dtype":
+        return np.dtype(value).name
+    return bool(value) if name in ("signed", "binary") else int(value)
+
+
+def static_from_json(name: str, value: Any) -> Any:
+    """A static field back from JSON, its type checked."""
+    if name in ("shape", "group"):
+        if name == "group" and value is None:
+            return None
+        natural = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+        require(natural, f"`{name}` must be a list of natural numbers")
+        return tuple(value)
+    if name == "dtype":
+        return dtype(value)
+    expected = bool if name in ("signed", "binary") else int
+    require(type(value) is expected, f"`{name}` must be {expected.__name__}")
+    return value
+
+
+def dtype(name: Any) -> np.dtype:
+    """The dtype of a name; refuses what no array of ours has."""
+    require(isinstance(name, str) and name in DTYPES, f"`dtype` must be known, got {name!r}")
+    return DTYPES[name]
+
+
+def check(x: Any) -> None:
+    """Refuses a compressed array whose fields contradict each other.
+
+    Args:
+        x: a compressed array with parts that are NumPy arrays or checked compressed arrays.
+    """
+    _CHECKS[type(x)](x)
+    shape = x.shape
+    most = max(math.prod(shape), *shape, 0)
+    require(most <= _MOST_ENTRIES, f"the shape must have at most 2**40 entries, got {shape}")
+
+
+def _check_packed(x: Packed) -> None:
+    require(_plain(x.planes) and x.planes.dtype == np.uint8, "`planes` must be uint8")
+    bits = len(x.planes) if x.planes.ndim else 0
+    require(1 <= bits <= 8, "`planes` must have 1 to 8 rows")
+    expected = (bits, -(-math.prod(x.shape) // 8))
+    require(x.planes.shape == expected, f"`planes` must have the shape {expected}")
+
+
+def _check_bit_masked(x: BitMasked) -> None:
+    _require_entries(x.values)
+    _require_packed("mask", x.mask, x.shape)
+    require(len(x.mask.planes) == 1, "`mask` must have one bit")
+    kept = int(np.unpackbits(x.mask.planes[0], count=math.prod(x.shape)).sum())
+    require(x.values.shape == (kept,), f"`values` must have one entry per kept one, {kept}")
+
+
+def _check_nm(x: NM) -> None:
+    require(1 <= x.m <= 256 and 0 <= x.n <= x.m, "`n` and `m` must have 0 <= n <= m <= 256")
+    require(0 <= x.axis < len(x.shape), "`axis` must be an axis of `shape`")
+    rest = math.prod(x.shape[: x.axis] + x.shape[x.axis + 1 :])
+    groups = rest * -(-x.shape[x.axis] // x.m)
+    slots = groups * x.n
+    _require_entries(x.values)
+    require(x.values.shape == (slots,), f"`values` must have one entry per slot, {slots}")
+    _require_packed("indices", x.indices, (slots,))
+    bits = max(1, (x.m - 1).bit_length())
+    require(len(x.indices.planes) == bits, f"`indices` must have {bits} bits")
+    if not slots:
+        return
+    place = np.sort(_integers(x.indices).reshape(groups, x.n), axis=1)
+    require(place.max() < x.m, f"`indices` must be below m = {x.m}")
+    require((np.diff(place, axis=1) > 0).all(), "`indices` must be distinct in each group")
+
+
+def _check_quantized(x: Quantized) -> None:
+    require(jnp.issubdtype(x.dtype, jnp.floating), "`dtype` must be floating point")
+    _require_codes(x.codes)
+    shape = list(x.codes.shape)
+    if x.group is not None:
+        fits = len(x.group) == 2 and x.group[0] < len(shape) and x.group[1] >= 1
+        require(fits, "`group` must be an axis of the codes and a size of at least 1")
+        axis, size = x.group
+        shape[axis] = -(-shape[axis] // size)
+    grouped = None if x.group is None else x.group[0]
+    require(_plain(x.scale) and x.scale.dtype == np.float32, "`scale` must be float32")
+    fits = len(x.scale.shape) == len(shape) and all(
+        s == full or (s == 1 and i != grouped)
+        for i, (s, full) in enumerate(zip(x.scale.shape, shape, strict=True))
+    )
+    require(fits, f"`scale` must have 1 or all entries along each axis of {tuple(shape)}")
+    if x.zero_point is not None:
+        whole = _plain(x.zero_point) and jnp.issubdtype(x.zero_point.dtype, jnp.integer)
+        require(whole, "`zero_point` must be integer")
+        require(x.zero_point.shape == x.scale.shape, "`zero_point` must have the shape of `scale`")
+
+
+def _check_low_rank(x: LowRank) -> None:
+    for name, part in (("u", x.u), ("v", x.v)):
+        real = hasattr(part, "dtype") and jnp.issubdtype(part.dtype, jnp.floating)
+        require(real, f"`{name}` must be floating point")
+    require(len(x.u.shape) >= 1 and len(x.v.shape) == 2, "`u` must have axes, `v` two of them")
+    require(x.u.shape[-1] == x.v.shape[0], "`u` and `v` must have the same rank")
+
+
+def _check_codebook(x: Codebook) -> None:
+    _require_codes(x.codes)
+    vector = _plain(x.values) and x.values.dtype == np.float32 and x.values.ndim == 1
+    require(vector, "`values` must be float32 of one dimension")
+    require(jnp.issubdtype(x.dtype, jnp.floating), "`dtype` must be floating point")
+    codes = x.codes.values if isinstance(x.codes, (BitMasked, NM)) else x.codes
+    codes = _integers(codes) if isinstance(codes, Packed) else codes
+    # Without any value all is zero, and the slots that NM leaves over hold code 0.
+    within = codes.size == 0 or (codes.min() >= 0 and codes.max() < max(1, len(x.values)))
+    require(within, f"`codes` must be indices into {len(x.values)} values")
+
+
+_CHECKS = {
+    Packed: _check_packed,
+    BitMasked: _check_bit_masked,
+    NM: _check_nm,
+    Quantized: _check_quantized,
+    LowRank: _check_low_rank,
+    Codebook: _check_codebook,
+}
+
+
+def _plain(x: Any) -> bool:
+    return isinstance(x, np.ndarray)
+
+
+def _require_packed(name: str, x: Any, shape: tuple[int, ...]) -> None:
+    fits = isinstance(x, Packed) and x.shape == shape and not x.signed
+    require(fits, f"`{name}` must be unsigned packed bits of shape {shape}")
+
+
+def _require_entries(x: Any) -> None:
+    require(_plain(x) or isinstance(x, Packed), "`values` must be an array or packed bits")
+
+
+def _require_codes(x: Any) -> None:
+    known = _plain(x) or isinstance(x, (Packed, BitMasked, NM))
+    require(known, "`codes` must be an array, packed bits or a sparse array")
+    require(jnp.issubdtype(x.dtype, jnp.integer), "`codes` must be integer")
+
+
+def _integers(x: Packed) -> np.ndarray:
+    """The integers of packed bits, flat, computed apart from `todense`."""
+    planes = np.unpackbits(x.planes, axis=1, count=math.prod(x.shape)).astype(np.int16)
+    weights = [1 << j for j in range(len(planes))]
+    weights[-1] *= -1 if x.signed else 1
+    return sum(
+        (plane * np.int16(w) for plane, w in zip(planes, weights, strict=True)),
+        np.zeros(math.prod(x.shape), np.int16),
+    )
