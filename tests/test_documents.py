@@ -24,7 +24,9 @@ def test_docstring_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(name)
     flags = doctest.NORMALIZE_WHITESPACE
-    result = doctest.testmod(module, extraglobs=dict(NAMES), optionflags=flags)
+    # Users do not set strict promotion, and Optax does not pass it.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        result = doctest.testmod(module, extraglobs=dict(NAMES), optionflags=flags)
     assert result.failed == 0
 
 
@@ -42,5 +44,6 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.DOTALL)
     assert len(blocks) >= 5
     names: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), names)

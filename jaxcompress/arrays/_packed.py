@@ -60,7 +60,8 @@ def pack_bits(codes: jax.Array | np.ndarray, bits: int, *, signed: bool | None =
     Args:
         codes: integers or booleans of any shape; concrete.
         bits: static, 1 to 8.
-        signed: static. Whether they are stored in two's complement; None goes by the dtype.
+        signed: static. Whether they are stored in two's complement; None: where
+            one of them is negative.
 
     Returns:
         The `Packed` array; `todense()` gives the codes back exactly.
@@ -82,7 +83,7 @@ def pack_bits(codes: jax.Array | np.ndarray, bits: int, *, signed: bool | None =
     if not np.issubdtype(values.dtype, np.integer):
         raise TypeError(_check.message("pack_bits", "codes", "be integers", _check.describe(values)))
     if signed is None:
-        signed = bool(np.issubdtype(values.dtype, np.signedinteger))
+        signed = bool((values < 0).any())
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
     if values.size and (values.min() < low or values.max() > high):
         got = f"codes from {values.min()} to {values.max()}"

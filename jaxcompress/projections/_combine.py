@@ -45,8 +45,8 @@ def chain(*projections: Projection) -> Projection:
     Examples:
         >>> p = jc.chain(jc.prune(0.5), jc.quantize(8))
         >>> jc.compress(p, {"w": jnp.array([[1.0, 0.2], [-0.3, 0.5]])})["w"]
-        Array([[ 1. ,  0. ],
-               [ 0. ,  0.5]], dtype=float32)
+        Array([[1. , 0. ],
+               [0. , 0.5]], dtype=float32)
     """
     for p in projections:
         _require_projection("chain", p)

@@ -205,8 +205,8 @@ def scheduled(factory: Callable[..., Projection]) -> Callable[..., Projection]:
 
     Examples:
         >>> p = jc.scheduled(jc.prune)(sparsity=jc.schedules.cubic(0.0, 0.9, 0, 100))
-        >>> p.find({"w": jnp.ones((2, 2))}, step=50).hyperparams
-        {'sparsity': Array(0.7875, dtype=float32)}
+        >>> p.find({"w": jnp.ones((2, 2))}, step=100).hyperparams
+        {'sparsity': Array(0.9, dtype=float32)}
     """
     if not callable(factory):
         raise TypeError(

@@ -53,7 +53,7 @@ def quantize(
     Cost: `find` is one reduction, `project` one elementwise pass, both in float32.
 
     Examples:
-        >>> params = {"w": jnp.array([[1.0, -0.6], [0.2, 0.3]])}
+        >>> params = {"w": jnp.array([[1.0, -0.6], [0.2, 0.4]])}
         >>> jc.compress(jc.quantize(bits=2), params)["w"]
         Array([[ 1. , -0.6],
                [ 0. ,  0.6]], dtype=float32)

@@ -164,6 +164,7 @@ def crafted_arrays():
     wide = host(pack_bits(np.full(48 // 2, 3, np.uint8), 2))
     first = np.asarray(np.arange(6) % 3 < 1) & np.ones((6, 6), bool)
     three = host(n_m(DENSE[:, :6], first, n=1, m=3, axis=1))
+    one = host(n_m(np.ones(1), np.ones(1, bool), n=1, m=4, axis=0))
     beyond = host(pack_bits(np.full(12, 3, np.uint8), 2))
     return {
         "packed: fewer bytes": change(a["packed"], shape=(6, 9)),
@@ -190,6 +191,7 @@ def crafted_arrays():
         "nm: m large": change(nm, m=1 << 40),
         "nm: axis": change(nm, axis=2),
         "nm: axis negative": change(nm, axis=-1),
+        "nm: axis of one negative": change(one, axis=-1),
         "nm: shape": change(nm, shape=(6, 80)),
         "nm: no axes": change(nm, shape=()),
         "nm: huge": change(a["nm_none"], shape=(1 << 41, 1)),
