@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -122,7 +121,9 @@ def train(method: Method, data: Data, steps: int, progress: Progress) -> tuple[A
     return params, state
 
 
-def methods(teacher: Any, apply: Callable, student: tuple[Any, Callable], steps: int) -> list[Method]:
+def methods(
+    teacher: Any, apply: Callable, student: tuple[Any, Callable], steps: int
+) -> list[Method]:
     """The seven compressed models; the first six start from the trained teacher."""
     adam = lambda: optax.adam(optax.cosine_decay_schedule(1e-3, steps))  # noqa: E731
     # One threshold for all layers: the small first convolution keeps most of its weights.
@@ -131,21 +132,38 @@ def methods(teacher: Any, apply: Callable, student: tuple[Any, Callable], steps:
     teach = lambda batch: apply(teacher, batch[0])  # noqa: E731
     student_params, student_apply = student
     distill = lambda run: jc.distill(  # noqa: E731
-        lambda params, batch: run(params, batch[0]), teach, weight=0.9, task_weight=0.1, temperature=4.0
+        lambda params, batch: run(params, batch[0]),
+        teach,
+        weight=0.9,
+        task_weight=0.1,
+        temperature=4.0,
     )
     return [
         Method("90% sparse", teacher, apply, jc.projected(adam(), gradual)),
-        Method("2:4 sparse", teacher, apply, jc.projected(adam(), jc.every(20, jc.prune(nm=(2, 4)), end=steps // 2))),
+        Method(
+            "2:4 sparse",
+            teacher,
+            apply,
+            jc.projected(adam(), jc.every(20, jc.prune(nm=(2, 4)), end=steps // 2)),
+        ),
         Method("int8", teacher, apply, jc.straight_through(adam(), jc.quantize(bits=8))),
         Method("int4", teacher, apply, jc.straight_through(adam(), jc.quantize(bits=4))),
         Method("low rank", teacher, apply, jc.reparametrized(adam(), jc.low_rank_factors(rank=12))),
         Method(
-            "90% sparse + int4 + distilled", teacher, apply,
-            optax.chain(distill(apply), jc.straight_through(adam(), jc.chain(gradual, jc.quantize(bits=4)))),
+            "90% sparse + int4 + distilled",
+            teacher,
+            apply,
+            optax.chain(
+                distill(apply), jc.straight_through(adam(), jc.chain(gradual, jc.quantize(bits=4)))
+            ),
         ),
         Method(
-            "student, distilled", student_params, student_apply,
-            optax.chain(distill(student_apply), optax.adam(optax.cosine_decay_schedule(4e-3, steps))),
+            "student, distilled",
+            student_params,
+            student_apply,
+            optax.chain(
+                distill(student_apply), optax.adam(optax.cosine_decay_schedule(4e-3, steps))
+            ),
             packs=False,
         ),
     ]
@@ -163,7 +181,9 @@ def latency(apply: Callable, params: Any, x: jax.Array, repeats: int = 30) -> fl
     return 1e3 * float(np.median(times))
 
 
-def finish(method: Method, params: Any, state: Any, data: Data, out: pathlib.Path, dense_bytes: int):
+def finish(
+    method: Method, params: Any, state: Any, data: Data, out: pathlib.Path, dense_bytes: int
+):
     """Packs, saves, loads, checks that the loaded model predicts the same, and measures it."""
     packed = jc.pack(state, params) if method.packs else params
     file = out / (method.name.replace(" ", "_").replace("%", "").replace(",", "") + ".safetensors")
@@ -176,8 +196,11 @@ def finish(method: Method, params: Any, state: Any, data: Data, out: pathlib.Pat
     size = file.stat().st_size
     report = jc.summary(packed, ranks=False).total
     # What is stored: of a low-rank leaf the entries of its factors.
-    stored = jax.tree.map(lambda x: (x.u, x.v) if isinstance(x, jc.arrays.LowRank) else jc.todense(x),
-                          packed, is_leaf=jc.arrays.is_compressed)
+    stored = jax.tree.map(
+        lambda x: (x.u, x.v) if isinstance(x, jc.arrays.LowRank) else jc.todense(x),
+        packed,
+        is_leaf=jc.arrays.is_compressed,
+    )
     kept = [int((w != 0).sum()) for w in jax.tree.leaves(stored)]
     return packed, Result(
         method=method.name,
@@ -193,13 +216,25 @@ def finish(method: Method, params: Any, state: Any, data: Data, out: pathlib.Pat
 def table(results: list[Result]) -> Table:
     """The results as a rich table."""
     out = Table(title="Digits: one network, compressed")
-    for name in ("method", "test accuracy", "parameters kept", "bits per weight", "bytes on disk",
-                 "compression", "latency"):
+    for name in (
+        "method",
+        "test accuracy",
+        "parameters kept",
+        "bits per weight",
+        "bytes on disk",
+        "compression",
+        "latency",
+    ):
         out.add_column(name, justify="left" if name == "method" else "right")
     for r in results:
         out.add_row(
-            r.method, f"{100 * r.accuracy:.1f}%", f"{r.parameters_kept:,}", f"{r.bits_per_weight:.2f}",
-            f"{r.bytes_on_disk:,}", f"{r.compression:.1f}x", f"{r.latency_ms:.2f} ms",
+            r.method,
+            f"{100 * r.accuracy:.1f}%",
+            f"{r.parameters_kept:,}",
+            f"{r.bits_per_weight:.2f}",
+            f"{r.bytes_on_disk:,}",
+            f"{r.compression:.1f}x",
+            f"{r.latency_ms:.2f} ms",
         )
     return out
 
@@ -215,10 +250,21 @@ def main() -> None:
     start, data = time.perf_counter(), digits()
     console = Console(width=None if sys.stdout.isatty() else 120)
 
-    columns = (TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description:32}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         params, apply = network(width=32, seed=0)
-        teacher = Method("teacher", params, apply, optax.adam(optax.cosine_decay_schedule(2e-3, options.steps)), packs=False)
+        teacher = Method(
+            "teacher",
+            params,
+            apply,
+            optax.adam(optax.cosine_decay_schedule(2e-3, options.steps)),
+            packs=False,
+        )
         trained, state = train(teacher, data, options.steps, progress)
         dense_bytes = jc.tree.nbytes(trained)
         packed = {}
@@ -235,16 +281,22 @@ def main() -> None:
     points = [(r.method, r.bytes_on_disk, 100 * r.accuracy) for r in results]
     picture = jc.report.tradeoff(points, xlabel="file size", ylabel="test accuracy, %")
     picture.savefig(out / "accuracy_against_size.png", dpi=150)
-    jc.report.histograms(trained, jc.todense(both)).savefig(out / "weights_before_and_after.png", dpi=150)
+    jc.report.histograms(trained, jc.todense(both)).savefig(
+        out / "weights_before_and_after.png", dpi=150
+    )
     record = {
         "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "versions": {n: importlib.metadata.version(n) for n in ("jax", "flax", "optax", "jaxcompress")},
+        "versions": {
+            n: importlib.metadata.version(n) for n in ("jax", "flax", "optax", "jaxcompress")
+        },
         "seconds": round(time.perf_counter() - start, 1),
         "steps": options.steps,
         "results": [r._asdict() for r in results],
     }
     (out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
-    console.print(f"{record['seconds']} s. Models, pictures and results.json are in {out.resolve()}")
+    console.print(
+        f"{record['seconds']} s. Models, pictures and results.json are in {out.resolve()}"
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -66,7 +67,11 @@ def number(
 
 def integer(function: str, argument: str, value: Any, low: int, high: int | None = None) -> None:
     """Refuses what is not a static Python integer in range."""
-    rule = f"be a static integer of at least {low}" if high is None else f"be a static integer in [{low}, {high}]"
+    rule = (
+        f"be a static integer of at least {low}"
+        if high is None
+        else f"be a static integer in [{low}, {high}]"
+    )
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(message(function, argument, rule, describe(value)))
     if value < low or (high is not None and value > high):
@@ -78,7 +83,9 @@ def axis(function: str, argument: str, value: Any, ndim: int, path: str | None =
     integer(function, argument, value, -(10**9))
     if not -ndim <= value < ndim:
         raise ValueError(
-            message(function, argument, f"be an axis of a leaf with {ndim} dimensions", value, path=path)
+            message(
+                function, argument, f"be an axis of a leaf with {ndim} dimensions", value, path=path
+            )
         )
     return value % ndim
 

@@ -29,23 +29,35 @@ class Row(NamedTuple):
 
 
 PROJECTIONS = {
-    "prune": Row(lambda sparsity=0.6: jc.prune(sparsity), {"sparsity": [0.0, 0.3, 1.0]}, ("prune",)),
+    "prune": Row(
+        lambda sparsity=0.6: jc.prune(sparsity), {"sparsity": [0.0, 0.3, 1.0]}, ("prune",)
+    ),
     "prune_global": Row(
-        lambda sparsity=0.6: jc.prune(sparsity, scope="global"), {"sparsity": [0.1, 0.8]}, ("prune",)
+        lambda sparsity=0.6: jc.prune(sparsity, scope="global"),
+        {"sparsity": [0.1, 0.8]},
+        ("prune",),
     ),
     "prune_nm": Row(lambda: jc.prune(nm=(2, 4)), {}, ("prune",)),
     "quantize": Row(lambda bits=4: jc.quantize(bits), {"bits": [1, 3, 8]}, ("quantize",)),
     "quantize_asymmetric": Row(
-        lambda bits=4: jc.quantize(bits, axis=None, symmetric=False), {"bits": [1, 3, 8]}, ("quantize",)
+        lambda bits=4: jc.quantize(bits, axis=None, symmetric=False),
+        {"bits": [1, 3, 8]},
+        ("quantize",),
     ),
     "quantize_grouped": Row(
         lambda bits=4: jc.quantize(bits, group_size=3), {"bits": [2, 4]}, ("quantize",)
     ),
     "low_rank": Row(
-        lambda rank=2: jc.low_rank(rank, max_rank=4), {"rank": [0, 1, 3]}, ("low_rank",), tolerance=1e-5
+        lambda rank=2: jc.low_rank(rank, max_rank=4),
+        {"rank": [0, 1, 3]},
+        ("low_rank",),
+        tolerance=1e-5,
     ),
     "low_rank_energy": Row(
-        lambda energy=0.8: jc.low_rank(energy=energy), {"energy": [0.5, 1.0]}, ("low_rank",), tolerance=1e-5
+        lambda energy=0.8: jc.low_rank(energy=energy),
+        {"energy": [0.5, 1.0]},
+        ("low_rank",),
+        tolerance=1e-5,
     ),
     "cluster": Row(
         lambda num_values=4: jc.cluster(num_values, max_values=8),
@@ -59,7 +71,9 @@ PROJECTIONS = {
         ("chain",),
     ),
     "masked": Row(
-        lambda sparsity=0.5: jc.masked(jc.prune(sparsity), "a/*"), {"sparsity": [0.25, 0.75]}, ("masked",)
+        lambda sparsity=0.5: jc.masked(jc.prune(sparsity), "a/*"),
+        {"sparsity": [0.25, 0.75]},
+        ("masked",),
     ),
     "partition": Row(
         lambda sparsity=0.5, bits=4: jc.partition(
@@ -109,7 +123,9 @@ def teacher(x):
 
 TRANSFORMATIONS = {
     "project_params": Row(
-        lambda sparsity=0.5: optax.chain(_inner(), jc.project_params(jc.every(2, jc.prune(sparsity)))),
+        lambda sparsity=0.5: optax.chain(
+            _inner(), jc.project_params(jc.every(2, jc.prune(sparsity)))
+        ),
         {"sparsity": [0.25, 0.75]},
         ("project_params",),
         tolerance=1e-5,
@@ -159,7 +175,13 @@ TRANSFORMATIONS = {
 # Pure functions and readers: they have tests of their own, named here.
 ELSEWHERE = {
     "tests/projections": {
-        "compress", "latent", "structure", "pack", "batch_axes", "Projection", "Reparametrization",
+        "compress",
+        "latent",
+        "structure",
+        "pack",
+        "batch_axes",
+        "Projection",
+        "Reparametrization",
     },
     "tests/distillation": {"kd_loss", "mse_logits", "soft_cross_entropy"},
     "tests/arrays": {"todense"},

@@ -56,7 +56,14 @@ def test_every_public_name_is_in_a_table():
     elsewhere = set().union(*contract.ELSEWHERE.values())
     assert public == covered | elsewhere
     makers = (jc.Projection, optax.GradientTransformationExtraArgs, jc.Reparametrization)
-    for room in (jc, jc.projections, jc.pruning, jc.quantization, jc.factorization, jc.distillation):
+    for room in (
+        jc,
+        jc.projections,
+        jc.pruning,
+        jc.quantization,
+        jc.factorization,
+        jc.distillation,
+    ):
         for name, value in vars(room).items():
             if name.startswith("_") or not inspect.isfunction(value) or name == "of_leaves":
                 continue
@@ -275,8 +282,10 @@ class TestTransformations:
         opt = multi_steps(row.make(), 3)
         close(train(opt, params, steps=2)[0], params, 0)
         moved, _ = train(opt, params, steps=3)
-        assert any(bool((a != b).any()) for a, b in zip(
-            jax.tree.leaves(moved), jax.tree.leaves(params), strict=True))
+        assert any(
+            bool((a != b).any())
+            for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(params), strict=True)
+        )
 
     @transformations
     @pytest.mark.parametrize("kind", ["auto", "explicit"])
@@ -318,9 +327,7 @@ class TestTransformations:
             restored = checkpointer.restore(tmp_path / "state", target)
         assert jax.tree.structure(restored["state"]) == jax.tree.structure(state)
         go_on = jax.jit(lambda p, s: opt.update(p, s, p, batch=contract.batch()))
-        close(
-            go_on(restored["params"], restored["state"]), go_on(params, state), 0
-        )
+        close(go_on(restored["params"], restored["state"]), go_on(params, state), 0)
 
     @transformations
     @pytest.mark.parametrize("platform", ["tpu", "cuda"])

@@ -59,7 +59,9 @@ def todense(tree: PyTree) -> PyTree:
         >>> jc.todense(packed)["w"].shape
         (10, 10)
     """
-    return jax.tree.map(lambda x: x.todense() if is_array_like(x) else x, tree, is_leaf=is_array_like)
+    return jax.tree.map(
+        lambda x: x.todense() if is_array_like(x) else x, tree, is_leaf=is_array_like
+    )
 
 
 def require_concrete(function: str, argument: str, *arrays: Any) -> None:
@@ -67,8 +69,11 @@ def require_concrete(function: str, argument: str, *arrays: Any) -> None:
     if any(_check.is_traced(x) for x in arrays):
         raise TypeError(
             _check.message(
-                function, argument, "be concrete, since packed shapes depend on values",
-                "a traced array", "Call it outside of jit, vmap and grad.",
+                function,
+                argument,
+                "be concrete, since packed shapes depend on values",
+                "a traced array",
+                "Call it outside of jit, vmap and grad.",
             )
         )
 

@@ -81,5 +81,7 @@ def require_same_shape(function: str, dense: Any, present: Any) -> None:
     """Refuses a mask of another shape."""
     if np.shape(dense) != np.shape(present):
         raise ValueError(
-            _check.message(function, "present", f"have the shape {np.shape(dense)}", np.shape(present))
+            _check.message(
+                function, "present", f"have the shape {np.shape(dense)}", np.shape(present)
+            )
         )

@@ -94,7 +94,8 @@ def n_m(
         ValueError: the shapes differ, or a group has more than n present.
 
     Examples:
-        >>> n_m(np.array([1, 0, 0, 2], np.int32), np.array([True, False, False, True]), n=2, m=4, axis=0)
+        >>> keep = np.array([True, False, False, True])
+        >>> n_m(np.array([1, 0, 0, 2], np.int32), keep, n=2, m=4, axis=0)
         NM(int32[4], n=2, m=4, nbytes=10)
     """
     _base.require_concrete("n_m", "dense", dense, present)

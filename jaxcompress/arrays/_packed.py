@@ -81,7 +81,9 @@ def pack_bits(codes: jax.Array | np.ndarray, bits: int, *, signed: bool | None =
     if values.dtype == bool:
         values = values.astype(np.uint8)
     if not np.issubdtype(values.dtype, np.integer):
-        raise TypeError(_check.message("pack_bits", "codes", "be integers", _check.describe(values)))
+        raise TypeError(
+            _check.message("pack_bits", "codes", "be integers", _check.describe(values))
+        )
     if signed is None:
         signed = bool((values < 0).any())
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)

@@ -61,7 +61,9 @@ class Quantized(_base.Sized):
         return expand_groups(x, shape=self.shape, group=self.group)
 
     def __repr__(self) -> str:
-        return _base.show(self, codes=self.codes if _base.is_compressed(self.codes) else self.codes.dtype)
+        return _base.show(
+            self, codes=self.codes if _base.is_compressed(self.codes) else self.codes.dtype
+        )
 
 
 def expand_groups(

@@ -17,9 +17,7 @@ from jaxcompress.projections import Projection, number_at, of_leaves
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["vectors"], meta_fields=["left"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["vectors"], meta_fields=["left"])
 @dataclasses.dataclass(frozen=True)
 class Basis:
     """The subspace of a leaf, seen as a matrix of `prod(shape[:-1])` by `shape[-1]`.
@@ -37,8 +35,12 @@ class Basis:
     def project(self, w: jax.Array) -> jax.Array:
         """The orthogonal projection on the subspace, by two thin products."""
         return automatic(
-            lambda w, q: _product(*_factors(_matrix(w), q, self.left)).reshape(w.shape).astype(w.dtype),
-            w, self.vectors, like_first=True,
+            lambda w, q: (
+                _product(*_factors(_matrix(w), q, self.left)).reshape(w.shape).astype(w.dtype)
+            ),
+            w,
+            self.vectors,
+            like_first=True,
         )
 
     def pack(self, w: Any, path: str) -> arrays.LowRank:
@@ -95,17 +97,20 @@ def low_rank(
     if (rank is None) == (energy is None):
         raise ValueError(
             _check.message(
-                "low_rank", "rank", "be given, or else `energy`, but not both",
+                "low_rank",
+                "rank",
+                "be given, or else `energy`, but not both",
                 f"rank={rank!r}, energy={energy!r}",
             )
         )
     if energy is not None:
         _check.number("low_rank", "energy", energy, 0, 1)
     columns = column_limit("low_rank", rank, max_rank)
+    wanted: Numeric = energy if rank is None else rank  # pyright: ignore[reportAssignmentType]
 
     def find(params, *, previous=None, grads=None, step=0):
         del previous, grads
-        knob = number_at(rank if energy is None else energy, step).astype(jnp.float32)
+        knob = number_at(wanted, step).astype(jnp.float32)
 
         def leaf(path, w):
             require_matrix("low_rank", path, w)
@@ -116,10 +121,7 @@ def low_rank(
             def vectors(w, knob):
                 u, s, vt = jnp.linalg.svd(_matrix(w), full_matrices=False)
                 q = (u if left else vt.T)[:, :limit]
-                if energy is None:
-                    kept = jnp.round(knob)
-                else:
-                    kept = _rank_of_energy(s, knob)
+                kept = jnp.round(knob) if energy is None else _rank_of_energy(s, knob)
                 # A product, so that NaN is not hidden; the columns beyond the rank are zero.
                 live = jnp.arange(limit, dtype=jnp.float32) < kept
                 return jnp.where(live[None, :], q, 0.0)
@@ -138,7 +140,7 @@ def column_limit(function: str, rank: Numeric | None, max_rank: int | None) -> i
     if max_rank is not None:
         _check.integer(function, "max_rank", max_rank, 0)
         return int(max_rank)
-    return int(round(rank)) if isinstance(rank, (int, float, np.number)) else None
+    return round(float(rank)) if isinstance(rank, (int, float, np.number)) else None
 
 
 def require_matrix(function: str, path: str, w: jax.Array) -> None:
@@ -147,8 +149,12 @@ def require_matrix(function: str, path: str, w: jax.Array) -> None:
     if w.ndim < 2:
         raise ValueError(
             _check.message(
-                function, "params", "have leaves of two or more dimensions", _check.describe(w),
-                "Choose other leaves with jc.masked(p, where).", path=path,
+                function,
+                "params",
+                "have leaves of two or more dimensions",
+                _check.describe(w),
+                "Choose other leaves with jc.masked(p, where).",
+                path=path,
             )
         )
 

@@ -150,9 +150,7 @@ def pack_leaves(params: PyTree, structure: PyTree) -> PyTree:
 
     flat, treedef = jax.tree_util.tree_flatten_with_path(structure, is_leaf=is_leaf_structure)
     leaves = treedef.flatten_up_to(params)
-    packed = [
-        leaf(tree.path_string(path), s, w) for (path, s), w in zip(flat, leaves, strict=True)
-    ]
+    packed = [leaf(tree.path_string(path), s, w) for (path, s), w in zip(flat, leaves, strict=True)]
     return jax.tree.unflatten(treedef, packed)
 
 

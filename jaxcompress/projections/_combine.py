@@ -70,7 +70,10 @@ def chain(*projections: Projection) -> Projection:
         return params
 
     def kept(params, structure):
-        return _all_kept([kept_by(p, params, s) for p, s in zip(projections, structure.parts, strict=True)], params)
+        return _all_kept(
+            [kept_by(p, params, s) for p, s in zip(projections, structure.parts, strict=True)],
+            params,
+        )
 
     everywhere = None
     if any(p.everywhere is not None for p in projections):
@@ -137,7 +140,8 @@ def partition(
             names = list(members)
             globs = [tree.select(params, name, function="partition") for name in names]
             label_tree = jax.tree.map(
-                lambda *hits: next((n for n, hit in zip(names, hits, strict=True) if hit), None), *globs
+                lambda *hits: next((n for n, hit in zip(names, hits, strict=True) if hit), None),
+                *globs,
             )
         elif callable(labels):
             label_tree = tree.map_with_path(labels, params)
@@ -154,7 +158,9 @@ def partition(
                 )
         return {
             label: tree.select(
-                params, jax.tree.unflatten(treedef, [x == label for x in flat]), function="partition"
+                params,
+                jax.tree.unflatten(treedef, [x == label for x in flat]),
+                function="partition",
             )
             for label in members
         }
@@ -208,7 +214,10 @@ def _require_projection(function: str, p: Any) -> None:
     if not isinstance(p, Projection):
         raise TypeError(
             _check.message(
-                function, "projection", "be a jaxcompress Projection", _check.describe(p),
+                function,
+                "projection",
+                "be a jaxcompress Projection",
+                _check.describe(p),
                 "Make one with jc.prune, jc.quantize, jc.low_rank, jc.cluster or jc.Projection.",
             )
         )

@@ -61,5 +61,9 @@ def land_where_moved(params: PyTree, target: PyTree, moved: PyTree, updates: PyT
     landed = land(params, target)
     return jax.tree.map(
         lambda u, new, t, mine: u if t is new else mine,
-        updates, moved, target, landed, is_leaf=lambda x: x is None,
+        updates,
+        moved,
+        target,
+        landed,
+        is_leaf=lambda x: x is None,
     )

@@ -82,7 +82,9 @@ def project_params(projection: Projection) -> optax.GradientTransformationExtraA
             moved, previous=state.structure, grads=extra.get("grads"), step=state.step
         )
         target = projection.project(moved, structure)
-        return land_where_moved(params, target, moved, updates), ProjectState(state.step + 1, structure)
+        return land_where_moved(params, target, moved, updates), ProjectState(
+            state.step + 1, structure
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -246,11 +248,15 @@ def _zero() -> jax.Array:
 def _optimizer(function: str, optimizer: Any) -> optax.GradientTransformationExtraArgs:
     if isinstance(optimizer, optax.MultiSteps):
         # Its own gradient_transformation() would drop the extra arguments.
-        return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+        init, update = optimizer.init, optimizer.update
+        return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(
             _check.message(
-                function, "optimizer", "be an optax.GradientTransformation", _check.describe(optimizer),
+                function,
+                "optimizer",
+                "be an optax.GradientTransformation",
+                _check.describe(optimizer),
                 "Pass the optimizer first and the projection second.",
             )
         )
@@ -261,7 +267,10 @@ def _require_params(function: str, params: Any) -> None:
     if params is None:
         raise ValueError(
             _check.message(
-                function, "params", "be given to update", "None",
+                function,
+                "params",
+                "be given to update",
+                "None",
                 "Call optimizer.update(grads, state, params).",
             )
         )

@@ -77,8 +77,11 @@ def latent(opt_state: PyTree, params: PyTree | None = None) -> PyTree:
     if not latents:
         raise ValueError(
             _check.message(
-                "latent", "opt_state", "hold the state of straight_through or reparametrized",
-                type(opt_state).__name__, "Only those keep latent weights.",
+                "latent",
+                "opt_state",
+                "hold the state of straight_through or reparametrized",
+                type(opt_state).__name__,
+                "Only those keep latent weights.",
             )
         )
     out = latents[0]
@@ -109,8 +112,10 @@ def structure(opt_state: PyTree) -> PyTree:
     if not found:
         raise ValueError(
             _check.message(
-                "structure", "opt_state", "hold the state of project_params, projected or"
-                " straight_through", type(opt_state).__name__,
+                "structure",
+                "opt_state",
+                "hold the state of project_params, projected or straight_through",
+                type(opt_state).__name__,
             )
         )
     return found[0] if len(found) == 1 else tuple(found)
@@ -148,8 +153,11 @@ def pack(source: Projection | PyTree, params: PyTree, *, step: int = 0) -> PyTre
     if not states:
         raise ValueError(
             _check.message(
-                "pack", "source", "be a Projection or the state of an optimizer that has one",
-                _check.describe(source), "Call jc.pack(projection, params).",
+                "pack",
+                "source",
+                "be a Projection or the state of an optimizer that has one",
+                _check.describe(source),
+                "Call jc.pack(projection, params).",
             )
         )
     for state in states:
@@ -225,7 +233,9 @@ def _pack_structure(params: PyTree, held: PyTree) -> PyTree:
     if not all(map(is_leaf_structure, jax.tree.leaves(held, is_leaf=is_leaf_structure))):
         raise ValueError(
             _check.message(
-                "pack", "source", "hold structures of the library's own projections",
+                "pack",
+                "source",
+                "hold structures of the library's own projections",
                 type(held).__name__,
                 "Call your_projection.pack(params, jc.structure(opt_state)).",
             )
@@ -240,8 +250,11 @@ def _pack_latents(params: PyTree, latents: PyTree) -> PyTree:
     if treedef != jax.tree.structure(params, is_leaf=is_leaf):
         raise ValueError(
             _check.message(
-                "pack", "source", "hold latents that stand in the places of the params",
-                treedef, "Pack them yourself from jc.latent(opt_state).",
+                "pack",
+                "source",
+                "hold latents that stand in the places of the params",
+                treedef,
+                "Pack them yourself from jc.latent(opt_state).",
             )
         )
     dense = jax.tree.leaves(params, is_leaf=is_leaf)

@@ -1,7 +1,7 @@
 """Training latents of another structure behind ordinary dense parameters."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
@@ -76,7 +76,9 @@ def reparametrized(
     if not isinstance(reparametrization, Reparametrization):
         raise TypeError(
             _check.message(
-                "reparametrized", "reparametrization", "be a jaxcompress Reparametrization",
+                "reparametrized",
+                "reparametrization",
+                "be a jaxcompress Reparametrization",
                 _check.describe(reparametrization),
                 "Make one with jc.low_rank_factors or jc.Reparametrization(init, apply).",
             )
@@ -117,5 +119,3 @@ def _require_same_shapes(params: PyTree, out: PyTree) -> None:
                 "reparametrized", "reparametrization.apply", f"return the params: {wanted}", got
             )
         )
-
-

@@ -155,7 +155,9 @@ def relaxed(projection: Projection, strength: Numeric) -> Projection:
         s = structure.strength
 
         def leaf(new, old):
-            mixed = old.astype(jnp.float32) + s * (new.astype(jnp.float32) - old.astype(jnp.float32))
+            mixed = old.astype(jnp.float32) + s * (
+                new.astype(jnp.float32) - old.astype(jnp.float32)
+            )
             return jnp.where(s >= 1, new, mixed.astype(old.dtype))
 
         return _blend(leaf, projection.project(params, structure.inner), params)
@@ -179,8 +181,11 @@ def require_hard(structure: Relaxed) -> None:
     if float(structure.strength) < 1:
         raise ValueError(
             _check.message(
-                "pack", "strength", "be 1 to pack a relaxed projection",
-                float(structure.strength), "Train on until its schedule ends.",
+                "pack",
+                "strength",
+                "be 1 to pack a relaxed projection",
+                float(structure.strength),
+                "Train on until its schedule ends.",
             )
         )
 
@@ -210,7 +215,9 @@ def scheduled(factory: Callable[..., Projection]) -> Callable[..., Projection]:
     """
     if not callable(factory):
         raise TypeError(
-            _check.message("scheduled", "factory", "be a function such as jc.prune", _check.describe(factory))
+            _check.message(
+                "scheduled", "factory", "be a function such as jc.prune", _check.describe(factory)
+            )
         )
     signature = inspect.signature(factory)
 
@@ -220,9 +227,11 @@ def scheduled(factory: Callable[..., Projection]) -> Callable[..., Projection]:
         numbers, static = {}, {}
         for name, value in given.items():
             keyword_only = signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
-            numeric = callable(value) or (
-                isinstance(value, (int, float)) and not isinstance(value, bool)
-            ) or (hasattr(value, "dtype") and hasattr(value, "shape"))
+            numeric = (
+                callable(value)
+                or (isinstance(value, (int, float)) and not isinstance(value, bool))
+                or (hasattr(value, "dtype") and hasattr(value, "shape"))
+            )
             if keyword_only and callable(value):
                 raise TypeError(
                     _check.message(
@@ -243,11 +252,12 @@ def _scheduled(factory, numbers: dict[str, Numeric], static: dict[str, Any], eve
     def find(params, *, previous=None, grads=None, step=0):
         values = {}
         for name, value in numbers.items():
-            held = previous is not None and not callable(value)
-            values[name] = previous.hyperparams[name] if held else number_at(value, step)
+            if previous is None or callable(value):
+                values[name] = number_at(value, step)
+            else:
+                values[name] = previous.hyperparams[name]
         held = None if previous is None else previous.inner
         return Scheduled(values, at(values).find(params, previous=held, grads=grads, step=step))
-
 
     def project(params, structure):
         return at(structure.hyperparams).project(params, structure.inner)

@@ -46,7 +46,7 @@ class Mask:
         return dataclasses.replace(w, codes=arrays.with_entries(pattern, codes, bits=bits))
 
     def _sparse(self, dense: jax.Array, present: jax.Array) -> Any:
-        if self.nm is None:
+        if self.nm is None or self.axis is None:
             return arrays.bit_mask(dense, present)
         n, m = self.nm
         return arrays.n_m(dense, present, n=n, m=m, axis=self.axis)

@@ -68,7 +68,9 @@ def prune(
     if (sparsity is None) == (nm is None):
         raise ValueError(
             _check.message(
-                "prune", "sparsity", "be given, or else `nm`, but not both",
+                "prune",
+                "sparsity",
+                "be given, or else `nm`, but not both",
                 f"sparsity={sparsity!r}, nm={nm!r}",
             )
         )
@@ -77,10 +79,11 @@ def prune(
     if nm is not None:
         return _prune_n_of_m(nm, axis, scope)
     _check.number("prune", "sparsity", sparsity, 0, 1)
+    wanted: Numeric = sparsity  # pyright: ignore[reportAssignmentType]
 
     def find(params, *, previous=None, grads=None, step=0):
         del previous, grads
-        fraction = jnp.clip(number_at(sparsity, step).astype(jnp.float32), 0.0, 1.0)
+        fraction = jnp.clip(number_at(wanted, step).astype(jnp.float32), 0.0, 1.0)
         sizes = [w.size for w in jax.tree.leaves(params)]
         magnitudes = tree.map_arrays_with_path(_magnitude, params)
         if scope == "global":
@@ -101,7 +104,9 @@ def _prune_n_of_m(nm: tuple[int, int], axis: int, scope: str) -> Projection:
     _check.integer("prune", "axis", axis, -64)
     if scope == "global":
         raise ValueError(
-            _check.message("prune", "scope", 'be "leaf" with `nm`', repr(scope), "Groups are local.")
+            _check.message(
+                "prune", "scope", 'be "leaf" with `nm`', repr(scope), "Groups are local."
+            )
         )
 
     def find(params, *, previous=None, grads=None, step=0):
@@ -112,8 +117,12 @@ def _prune_n_of_m(nm: tuple[int, int], axis: int, scope: str) -> Projection:
             if w.ndim == 0:
                 raise ValueError(
                     _check.message(
-                        "prune", "params", "have leaves with a dimension when `nm` is given",
-                        _check.describe(w), "Choose other leaves with jc.masked.", path=path,
+                        "prune",
+                        "params",
+                        "have leaves with a dimension when `nm` is given",
+                        _check.describe(w),
+                        "Choose other leaves with jc.masked.",
+                        path=path,
                     )
                 )
             along = 0 if w.ndim == 1 else _check.axis("prune", "axis", axis, w.ndim, path)

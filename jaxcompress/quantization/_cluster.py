@@ -42,8 +42,12 @@ class Centroids:
         if bool(jnp.isnan(dense).any()):
             raise ValueError(
                 _check.message(
-                    "pack", "params", "be free of NaN to be stored as indices",
-                    _check.describe(dense) + " with NaN", "The run diverged.", path=path,
+                    "pack",
+                    "params",
+                    "be free of NaN to be stored as indices",
+                    _check.describe(dense) + " with NaN",
+                    "The run diverged.",
+                    path=path,
                 )
             )
         values = np.asarray(self.values)
@@ -52,13 +56,17 @@ class Centroids:
         codes = _assign(dense.astype(jnp.float32), values).astype(jnp.uint8)
         pattern = pattern_without_zeros(w, dense)
         if pattern is not None:
-            codes = arrays.with_entries(pattern, codes, bits=bits if bits < 8 else None, signed=False)
+            codes = arrays.with_entries(
+                pattern, codes, bits=bits if bits < 8 else None, signed=False
+            )
         elif bits < 8:
             codes = arrays.pack_bits(codes, bits, signed=False)
         return arrays.Codebook(codes, values, dtype=np.dtype(dense.dtype))
 
 
-def cluster(num_values: Numeric, *, max_values: int | None = None, iterations: int = 20) -> Projection:
+def cluster(
+    num_values: Numeric, *, max_values: int | None = None, iterations: int = 20
+) -> Projection:
     r"""Lets the weights of a leaf share a few values, found by k-means.
 
     .. math:: \min_{c_1 \ldots c_k} \sum_{w_i \ne 0} \min_j (w_i - c_j)^2
@@ -100,8 +108,11 @@ def cluster(num_values: Numeric, *, max_values: int | None = None, iterations: i
         if isinstance(num_values, bool) or not isinstance(num_values, (int, np.integer)):
             raise ValueError(
                 _check.message(
-                    "cluster", "max_values", "be given when `num_values` is not a static integer",
-                    "None", "It sets the size of the codebook.",
+                    "cluster",
+                    "max_values",
+                    "be given when `num_values` is not a static integer",
+                    "None",
+                    "It sets the size of the codebook.",
                 )
             )
         max_values = int(num_values)

@@ -47,8 +47,12 @@ class Grid:
         if bool(jnp.isnan(dense).any()):
             raise ValueError(
                 _check.message(
-                    "pack", "params", "be free of NaN to be stored as integers",
-                    _check.describe(dense) + " with NaN", "The run diverged.", path=path,
+                    "pack",
+                    "params",
+                    "be free of NaN to be stored as integers",
+                    _check.describe(dense) + " with NaN",
+                    "The run diverged.",
+                    path=path,
                 )
             )
         bits, symmetric = int(self.bits), self.zero_point is None
@@ -61,7 +65,9 @@ class Grid:
         signed = symmetric and not binary
         codes = codes.astype(jnp.int8 if signed else jnp.uint8)
         if pattern is not None:
-            codes = arrays.with_entries(pattern, codes, bits=bits if bits < 8 else None, signed=signed)
+            codes = arrays.with_entries(
+                pattern, codes, bits=bits if bits < 8 else None, signed=signed
+            )
         elif bits < 8:
             codes = arrays.pack_bits(codes, bits, signed=signed)
         zero = None if self.zero_point is None else self.zero_point.astype(jnp.uint8)

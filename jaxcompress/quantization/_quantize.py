@@ -68,14 +68,18 @@ def quantize(
     if group_size is not None:
         _check.integer("quantize", "group_size", group_size, 1)
     _check.integer("quantize", "group_axis", group_axis, -64)
-    for each in (axis if isinstance(axis, tuple) else () if axis is None else (axis,)):
+    for each in axis if isinstance(axis, tuple) else () if axis is None else (axis,):
         _check.integer("quantize", "axis", each, -64)
 
     def leaf_grid(path, w, width) -> Grid:
         _check.floating("quantize", "params", w, path)
         shared, group = tuple(range(w.ndim)), None
         if group_size is not None and w.ndim > 0:
-            along = 0 if w.ndim == 1 else _check.axis("quantize", "group_axis", group_axis, w.ndim, path)
+            along = (
+                0
+                if w.ndim == 1
+                else _check.axis("quantize", "group_axis", group_axis, w.ndim, path)
+            )
             shared, group = (), (along, group_size)
         elif axis is not None and w.ndim > 1:
             wanted = axis if isinstance(axis, tuple) else (axis,)

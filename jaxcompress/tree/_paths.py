@@ -54,7 +54,10 @@ def map_with_path(
     A compressed array is one leaf. `rest` may have deeper trees where `tree` has leaves.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, *leaves: f(path_string(path), *leaves), tree, *rest, is_leaf=_leaf_test(is_leaf)
+        lambda path, *leaves: f(path_string(path), *leaves),
+        tree,
+        *rest,
+        is_leaf=_leaf_test(is_leaf),
     )
 
 

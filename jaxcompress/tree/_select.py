@@ -21,9 +21,7 @@ def is_weight(path: str, leaf: Any) -> bool:
     """The default choice: real floating-point leaves with two or more dimensions."""
     del path
     return (
-        hasattr(leaf, "dtype")
-        and jnp.issubdtype(leaf.dtype, jnp.floating)
-        and len(leaf.shape) >= 2
+        hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating) and len(leaf.shape) >= 2
     )
 
 
@@ -61,7 +59,9 @@ def select(tree: PyTree, where: Where = is_weight, *, function: str = "select") 
     chosen = map_with_path(lambda _, x, c: bool(c) and hasattr(x, "dtype"), tree, chosen)
     paths = [path for path, _ in leaves_with_paths(tree)]
     if paths and not any(jax.tree.leaves(chosen)):
-        shown = "\n  ".join(paths[:50]) + (f"\n  … {len(paths) - 50} more" if len(paths) > 50 else "")
+        shown = "\n  ".join(paths[:50]) + (
+            f"\n  … {len(paths) - 50} more" if len(paths) > 50 else ""
+        )
         raise ValueError(
             _check.message(
                 function,

@@ -116,7 +116,11 @@ def test_edges():
         (lambda: jc.low_rank(-1), ValueError, "rank"),
         (lambda: jc.low_rank(energy=1.5), ValueError, "energy"),
         (lambda: jc.low_rank(2, max_rank=0.5), TypeError, "max_rank"),
-        (lambda: jc.masked(jc.low_rank(2), "b"), ValueError, "two or more dimensions, got float32\\[3\\] at 'b'"),
+        (
+            lambda: jc.masked(jc.low_rank(2), "b"),
+            ValueError,
+            "two or more dimensions, got float32\\[3\\] at 'b'",
+        ),
     ],
 )
 def test_bad_input(make, kind, text):

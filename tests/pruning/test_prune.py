@@ -51,7 +51,11 @@ def test_exact_count(sparsity, dtype):
 
 def test_global_scope_is_one_threshold_over_all_leaves():
     rng = np.random.default_rng(0)
-    params = {"a": rng.normal(size=(16, 8)), "b": 3 * rng.normal(size=(8, 4)), "c": rng.normal(size=9)}
+    params = {
+        "a": rng.normal(size=(16, 8)),
+        "b": 3 * rng.normal(size=(8, 4)),
+        "c": rng.normal(size=9),
+    }
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     found = jc.prune(0.7, scope="global").find(params)
     flat = np.concatenate([np.asarray(params["a"]).ravel(), np.asarray(params["b"]).ravel()])
@@ -138,7 +142,11 @@ def test_packed_size_is_kept_values_and_one_bit_each():
     [
         ({}, ValueError, "not both"),
         ({"sparsity": 0.5, "nm": (2, 4)}, ValueError, "not both"),
-        ({"sparsity": 90}, ValueError, "prune: `sparsity` must be a real number in \\[0, 1\\], got 90"),
+        (
+            {"sparsity": 90},
+            ValueError,
+            "prune: `sparsity` must be a real number in \\[0, 1\\], got 90",
+        ),
         ({"sparsity": float("nan")}, ValueError, "sparsity"),
         ({"sparsity": "high"}, TypeError, "sparsity"),
         ({"sparsity": np.ones(3)}, TypeError, "sparsity"),

@@ -1,5 +1,7 @@
 """k-means against a plain NumPy Lloyd, and its edges."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def test_error_does_not_grow_with_more_values_or_a_warm_start():
     w = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
     error = lambda p, **kw: float(jnp.sum((p.project(w, p.find(w, **kw)) - w) ** 2))  # noqa: E731
     errors = [error(jc.cluster(k)) for k in (1, 2, 4, 8, 16)]
-    assert all(a > b for a, b in zip(errors, errors[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(errors))
     p = jc.cluster(4, iterations=1)
     held = p.find(w)
     for _ in range(5):

@@ -44,14 +44,20 @@ def test_values_agree_with_float64(bits, symmetric, axis):
     w = np.random.default_rng(bits).normal(size=(16, 8)).astype(np.float32)
     got = np.asarray(compress(w, bits=bits, axis=axis, symmetric=symmetric), np.float64)
     want = np.zeros_like(got)
-    runs = {None: [np.s_[:, :]], -1: [np.s_[:, i] for i in range(8)], 0: [np.s_[i] for i in range(16)]}
+    runs = {
+        None: [np.s_[:, :]],
+        -1: [np.s_[:, i] for i in range(8)],
+        0: [np.s_[i] for i in range(16)],
+    }
     for run in runs.get(axis, [np.s_[i, j] for i in range(16) for j in range(8)]):
         want[run] = by_hand(w[run], bits, symmetric)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("shape", "size", "axis"), [((16, 8), 4, -2), ((7, 3), 4, 0), ((3, 3, 6, 4), 4, -2)])
+@pytest.mark.parametrize(
+    ("shape", "size", "axis"), [((16, 8), 4, -2), ((7, 3), 4, 0), ((3, 3, 6, 4), 4, -2)]
+)
 def test_groups_also_where_they_do_not_divide(shape, size, axis, symmetric):
     w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     got = compress(w, bits=4, group_size=size, group_axis=axis, symmetric=symmetric)

@@ -11,7 +11,10 @@ from jaxcompress import tree
 def params():
     return {
         "conv": {"kernel": jnp.ones((3, 3, 1, 4)), "bias": jnp.ones(4)},
-        "blocks": [{"kernel": jnp.ones((4, 4))}, {"kernel": jnp.ones((4, 4)), "scale": jnp.ones(4)}],
+        "blocks": [
+            {"kernel": jnp.ones((4, 4))},
+            {"kernel": jnp.ones((4, 4)), "scale": jnp.ones(4)},
+        ],
         "count": jnp.zeros((2, 2), jnp.int32),
         "none": None,
     }
@@ -41,7 +44,10 @@ ALL = {"conv/kernel", "conv/bias", "blocks/0/kernel", "blocks/1/kernel", "blocks
         (lambda path, x: x.ndim == 1, {"conv/bias", "blocks/1/scale"}),
         (tree.all_of("blocks/**", tree.is_weight), {"blocks/0/kernel", "blocks/1/kernel"}),
         (tree.any_of("count", "conv/bias"), {"count", "conv/bias"}),
-        (tree.all_of(tree.is_weight, tree.none_of("conv/**")), {"blocks/0/kernel", "blocks/1/kernel"}),
+        (
+            tree.all_of(tree.is_weight, tree.none_of("conv/**")),
+            {"blocks/0/kernel", "blocks/1/kernel"},
+        ),
     ],
 )
 def test_choice(where, want):
