@@ -101,16 +101,11 @@ def test_the_teacher_gets_no_gradient(params):
     def through(scale):
         opt = distill(student, lambda x: scale * teacher(x), task_weight=0.0)
         updates, _ = opt.update(params, opt.init(params), params, batch=x)
-        return sum(jnp.sum(u) for u in jax.tree.leaves(updates))
+        return sum(jnp.sum(jnp.square(u)) for u in jax.tree.leaves(updates))
 
-    # Neither inside, when the student's weights are the teacher's, nor outside.
+    # The updates depend on the teacher, but differentiating them does not reach it.
+    assert through(1.0) != through(1.1)
     assert jax.grad(through)(1.0) == 0
-
-    def both(params, _):
-        opt = distill(student, lambda x: student(params, x), task_weight=0.0)
-        return opt.update(params, opt.init(params), params, batch=x)[0]
-
-    close(both(params, None), jax.tree.map(jnp.zeros_like, params))
 
 
 def test_schedules_are_read_at_the_step(params):
