@@ -125,3 +125,155 @@ def test_notebook_runs(notebook, tmp_path, monkeypatch):
     pictures = [out for out in outputs if "image/png" in out.get("data", {})]
     assert len(pictures) >= 4
     assert sorted(here.glob("*.safetensors")), "the notebook saved no model"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """What the quickstart prints and writes in a few steps."""
+    out = tmp_path_factory.mktemp("quickstart") / "results"
+    command = [sys.executable, "-W", "error::DeprecationWarning:jaxcompress", str(QUICKSTART)]
+    done = subprocess.run(
+        [*command, "--steps", "60", "--out", str(out)],
+        capture_output=True,
+        encoding="utf-8",
+        env=user_environment(),
+        cwd=out.parent,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, f"a reader would see {done.stderr}"
+    return out, done.stdout
+
+
+def results_of(out: pathlib.Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def test_quickstart_prints_its_table(quickstart):
+    out, printed = quickstart
+    table = printed[printed.index("Digits: one network, compressed") :]
+    assert all(name in table for name in COLUMNS)
+    # A long name is folded within its cell: its words are in its row and in those below.
+    lines = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in table.splitlines()]
+    rows: list[list[str]] = []
+    for line in (line for line in lines if len(line) == len(COLUMNS)):
+        if line[1]:
+            rows.append(line)
+        else:
+            rows[-1][0] += " " + line[0]
+    wanted = [[cell(row) for cell in COLUMNS.values()] for row in results_of(out)["results"]]
+    assert rows[1:] == wanted
+    assert [row[0] for row in rows[1:]] == METHODS
+
+
+def test_quickstart_says_where_its_files_are(quickstart):
+    out, printed = quickstart
+    # The line may be wrapped in the middle of the folder's name.
+    assert str(out.resolve()) in printed.replace("\n", "")
+
+
+def test_quickstart_models_are_on_disk_and_load(quickstart):
+    out, _ = quickstart
+    results = {row["method"]: row for row in results_of(out)["results"]}
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) == len(METHODS)
+    sizes = [file.stat().st_size for file in files]
+    assert sorted(sizes) == sorted(row["bytes_on_disk"] for row in results.values())
+    for file in files:
+        (row,) = [row for name, row in results.items() if name_in_file(name) in file.stem.split()]
+        assert row["bytes_on_disk"] == file.stat().st_size
+        tree = jc.load(file)
+        assert jc.tree.nbytes(tree) <= row["bytes_on_disk"]
+        dense = jc.todense(tree)
+        for w in (dense[name]["kernel"] for name in ("conv1", "conv2", "dense", "head")):
+            assert np.isfinite(np.asarray(w)).all()
+        if row["method"] not in ("teacher", "student, distilled"):
+            kernels = [tree[name]["kernel"] for name in ("conv2", "dense", "head")]
+            assert all(jc.arrays.is_compressed(w) for w in kernels)
+
+
+def name_in_file(method: str) -> str:
+    """The method's name as its file spells it, which leaves out what shells do not like."""
+    return re.sub("[^A-Za-z0-9:+_-]", "", method.replace(" ", "_"))
+
+
+def test_quickstart_pictures_are_pictures(quickstart):
+    out, _ = quickstart
+    pyplot = pytest.importorskip("matplotlib.image")
+    names = {file.name for file in out.glob("*.png")}
+    assert names == {"accuracy_against_size.png", "weights_before_and_after.png"}
+    for name in names:
+        assert (out / name).read_bytes().startswith(PNG)
+        pixels = pyplot.imread(out / name)[..., :3]
+        assert min(pixels.shape[:2]) > 300
+        assert 0.001 < (pixels.min(-1) < 0.9).mean() < 0.6  # something is drawn on white
+
+
+def check_record(record: dict, steps: int | None) -> None:
+    """What holds of every run, whatever the accuracies."""
+    assert set(record) == {"device", "versions", "seconds", "steps", "results"}
+    assert set(record["versions"]) == {"jax", "flax", "optax", "jaxcompress"}
+    assert record["versions"]["jaxcompress"] == jc.__version__
+    assert record["seconds"] > 0
+    assert steps is None or record["steps"] == steps
+    assert [row["method"] for row in record["results"]] == METHODS
+    teacher, *others = record["results"]
+    assert (teacher["compression"], teacher["bits_per_weight"]) == (1.0, 32.0)
+    for row in record["results"]:
+        assert 0.1 < row["accuracy"] <= 1.0
+        assert row["latency_ms"] > 0
+        assert 0 < row["parameters_kept"]
+    for row in others:
+        assert row["compression"] > 1.5
+        assert row["bytes_on_disk"] < teacher["bytes_on_disk"]
+        # What a file holds besides the arrays: names, shapes, a digest.
+        arrays = 4 * teacher["parameters_kept"] / row["compression"]
+        assert 0 <= row["bytes_on_disk"] - 0.99 * arrays < 8000
+        assert row["parameters_kept"] <= teacher["parameters_kept"]
+        assert 0 < row["bits_per_weight"] <= 32.0
+    by_name = {row["method"]: row for row in others}
+    for name in ("90% sparse", "90% sparse + int4 + distilled"):
+        assert 0.09 < by_name[name]["parameters_kept"] / teacher["parameters_kept"] < 0.12
+    assert 0.49 < by_name["2:4 sparse"]["parameters_kept"] / teacher["parameters_kept"] < 0.52
+    for bits in (4, 8):
+        assert bits < by_name[f"int{bits}"]["bits_per_weight"] < bits + 1
+    joint = by_name["90% sparse + int4 + distilled"]
+    assert joint["bytes_on_disk"] == min(row["bytes_on_disk"] for row in record["results"])
+
+
+def test_quickstart_record_is_sane(quickstart):
+    check_record(results_of(quickstart[0]), steps=60)
+
+
+def test_committed_record_is_sane():
+    check_record(json.loads(RESULTS.read_text()), steps=None)
+
+
+def readme_table(text: str) -> list[list[str]]:
+    """The cells of the first Markdown table whose first column is the method; header first."""
+    lines = text.splitlines()
+    cells = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")] if "|" in line else []
+        for line in lines
+    ]
+    start = next((i for i, row in enumerate(cells) if row and row[0].lower() == "method"), None)
+    if start is None:
+        return []
+    rows = []
+    for row in cells[start:]:
+        if not row:
+            break
+        rows.append(row)
+    header, rule, *rest = rows
+    assert all(re.fullmatch(":?-+:?", cell) for cell in rule)
+    return [header, *rest]
+
+
+def test_readme_table_is_the_committed_record():
+    table = readme_table((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert table, "README.md has no table of results"
+    header, *rows = table
+    assert header == list(COLUMNS)
+    results = json.loads(RESULTS.read_text())["results"]
+    assert rows == [[cell(row) for cell in COLUMNS.values()] for row in results]

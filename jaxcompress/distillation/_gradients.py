@@ -48,7 +48,7 @@ def distill(
         weight: :math:`w`, of the distillation loss: a number, a JAX scalar (maybe traced) or an
             Optax schedule of the step.
         task_weight: :math:`w_\mathrm{task}`, of the incoming updates; the same choice.
-        temperature: :math:`T > 0`, given to `loss`; the same choice.
+        temperature: :math:`T > 0`, given to `loss` as a real array; the same choice.
         loss: static. Any function `(student_logits, teacher_logits, temperature)` -> array; its
             mean over all entries is taken. Without a temperature:
             `loss=lambda s, t, _: jc.mse_logits(s, t)`.
@@ -118,6 +118,8 @@ def distill(
             raise TypeError(_check.message("distill", "batch", rule, got, fix))
         targets = jax.tree.map(jax.lax.stop_gradient, teacher(batch))
         heat = number_at(temperature, state.step)
+        if not jnp.issubdtype(heat.dtype, jnp.floating):
+            heat = heat.astype(jnp.float32)
 
         def objective(params):
             logits = student(params, batch)

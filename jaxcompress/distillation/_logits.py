@@ -287,10 +287,10 @@ def _column(row):
 
 def _softmax(logits, temperature, keep) -> _Row:
     present = keep & (logits != -jnp.inf)
-    z = jnp.where(present, logits, 0.0) / _column(temperature)
+    # Shifted, then divided: the largest is 0 to the last bit, and no log is above 0.
+    z = jnp.where(present, logits, 0.0) - _largest(logits, present)
+    z = jnp.where(present, z / _column(temperature), 0.0)
     some = jnp.any(present, -1, keepdims=True)
-    top = _largest(z, present)
-    z = jnp.where(present, z - top, 0.0)
     powers = jnp.where(present, jnp.exp(z), 0.0)
     total = jnp.where(some, jnp.sum(powers, -1, keepdims=True), 1.0)
     return _Row(present, jnp.where(present, z - jnp.log(total), 0.0), powers / total)
@@ -329,10 +329,10 @@ def _log_ratio(q: _Row, p: _Row, student, teacher, temperature):
     """
     both = q.present & p.present
     d = jnp.where(both, student, 0.0) - jnp.where(both, teacher, 0.0)
-    d = jnp.where(both, d / _column(temperature), 0.0)
     top, bottom = _largest(d, both), -_largest(-d, both)
-    like = jnp.all(q.present == p.present, -1, keepdims=True) & (top - bottom <= 1.0)
-    d = jnp.where(both & like, d - top, 0.0)
+    narrow = (top - bottom) / _column(temperature) <= 1.0
+    like = jnp.all(q.present == p.present, -1, keepdims=True) & narrow
+    d = jnp.where(both & like, (d - top) / _column(temperature), 0.0)
     mean = jnp.sum(p.probabilities * jnp.expm1(d), -1, keepdims=True)
     fine = d - jnp.log1p(jnp.where(like, mean, 0.0))
     return jnp.where(like, fine, q.logs - p.logs)

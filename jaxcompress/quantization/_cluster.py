@@ -12,7 +12,7 @@ from jaxcompress import _check, arrays, tree
 from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric
 from jaxcompress.projections import Projection, number_at, of_leaves
-from jaxcompress.quantization._grid import pattern_without_zeros
+from jaxcompress.quantization._grid import pattern_without_zeros, refuse_nan
 
 
 @jax.tree_util.register_dataclass
@@ -39,17 +39,7 @@ class Centroids:
     def pack(self, w: Any, path: str) -> arrays.Codebook:
         """Indices of as many bits as the number of values needs, sparse where `w` has zeros."""
         dense = self.project(arrays.todense(w))
-        if bool(jnp.isnan(dense).any()):
-            raise ValueError(
-                _check.message(
-                    "pack",
-                    "params",
-                    "be free of NaN to be stored as indices",
-                    _check.describe(dense) + " with NaN",
-                    "The run diverged.",
-                    path=path,
-                )
-            )
+        refuse_nan(dense, path)
         values = np.asarray(self.values)
         values = jnp.asarray(values[np.isfinite(values)])
         bits = max(1, int(len(values) - 1).bit_length())

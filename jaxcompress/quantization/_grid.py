@@ -44,17 +44,7 @@ class Grid:
     def pack(self, w: Any, path: str) -> arrays.Quantized:
         """Integer codes at the width of the grid, sparse where `w` is sparse."""
         dense = arrays.todense(w)
-        if bool(jnp.isnan(dense).any()):
-            raise ValueError(
-                _check.message(
-                    "pack",
-                    "params",
-                    "be free of NaN to be stored as integers",
-                    _check.describe(dense) + " with NaN",
-                    "The run diverged.",
-                    path=path,
-                )
-            )
+        refuse_nan(dense, path)
         bits, symmetric = int(self.bits), self.zero_point is None
         scale, zero_point = self._expanded(dense)
         codes = self._codes(dense, scale, zero_point)
@@ -179,3 +169,18 @@ def pattern_without_zeros(w: Any, dense: jax.Array) -> Any:
     if pattern is not None:
         return arrays.restrict(pattern, present)
     return None if bool(present.all()) else arrays.bit_mask(dense, present)
+
+
+def refuse_nan(dense: jax.Array, path: str) -> None:
+    """Refuses to store NaN as an integer: no code stands for it."""
+    if bool(jnp.isnan(dense).any()):
+        raise ValueError(
+            _check.message(
+                "pack",
+                "params",
+                "be free of NaN to be stored as codes",
+                _check.describe(dense) + " with NaN",
+                "The run diverged.",
+                path=path,
+            )
+        )

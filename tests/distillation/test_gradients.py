@@ -228,6 +228,15 @@ def test_updates_keep_their_dtype(params, param, update):
     close(jax.tree.map(jnp.float32, updates), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_an_integer_temperature_reaches_any_loss_as_a_real_one(params):
+    x, grads = batches(1)[0], []
+    for temperature in (2, 2.0, jnp.int32(2), lambda step: step + 2):
+        opt = distill(student, teacher, temperature=temperature, loss=lambda s, t, T: (s - t) / T)
+        grads.append(opt.update(params, opt.init(params), params, batch=x)[0])
+    for other in grads[1:]:
+        close(other, grads[0], rtol=0, atol=0)
+
+
 def test_an_empty_batch_adds_nothing(params):
     opt = distill(student, teacher)
     updates, _ = opt.update(params, opt.init(params), params, batch=jnp.zeros((0, 3)))

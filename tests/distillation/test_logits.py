@@ -280,6 +280,31 @@ def test_small_losses_keep_their_digits_in_float32(gap):
 
 
 @pytest.mark.parametrize("loss", SOFTENED, **ids)
+def test_an_offset_of_the_logits_costs_no_digits(loss):
+    offsets = zip(some_logits((20, 7), scale=0.3), (1e4, -1e4), strict=True)
+    student, teacher = (np.float32(logits + offset) for logits, offset in offsets)
+    temperature = np.float32(0.1)
+    total = lambda *args: loss(*args).sum()  # noqa: E731
+    of_all = jax.jit(jax.value_and_grad(total, (0, 1, 2)))
+    value, grads = of_all(student, teacher, temperature)
+    rows = zip(student, teacher, strict=True)
+    exact = sum(oracle(loss, s, t, np.float64(temperature)) for s, t in rows)
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
+    with jax.enable_x64(True):
+        wide = [np.float64(x) for x in (student, teacher, temperature)]
+        expected = of_all(*wide)[1]
+    for got, want in zip(grads, expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.max(np.abs(want)))
+
+
+def test_a_certain_cross_entropy_is_zero_under_jit():
+    # Divided before it is shifted, the largest logit is off by the rounding of a fused product.
+    logits = jnp.stack([jnp.zeros(100), jnp.linspace(9e3, 1e4, 100)], -1)
+    temperatures = jnp.full(100, 7.3, jnp.float32)
+    assert (jax.jit(soft_cross_entropy)(logits, logits, temperatures) == 0).all()
+
+
+@pytest.mark.parametrize("loss", SOFTENED, **ids)
 def test_temperature_is_traced_per_row_and_mapped(loss):
     student, teacher = map(jnp.float32, some_logits((4, 6)))
     temperatures = jnp.array([0.5, 1.0, 2.0, 8.0])
