@@ -1,6 +1,6 @@
 """What a training step costs over plain Adam: MLP 784-1024-1024-10, batch 256, donated buffers.
 
-    pytest tests/benchmarks -o addopts="" --confcutdir=tests/benchmarks --benchmark-json=out.json
+pytest tests/benchmarks -o addopts="" --confcutdir=tests/benchmarks --benchmark-json=out.json
 """
 
 import itertools

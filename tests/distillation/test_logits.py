@@ -186,6 +186,19 @@ def test_what_the_student_rules_out_is_infinite_without_nan_gradients(loss):
         assert np.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("loss", SOFTENED, **ids)
+def test_a_class_of_the_student_alone_takes_its_probability(loss):
+    student, teacher = some_logits((4,), scale=1.0)
+    p, q = softmax(teacher[:3]), softmax(student)
+    expected = -np.sum(p * np.log(q[:3]))
+    if loss is not soft_cross_entropy:
+        expected += np.sum(p * np.log(p))
+    teacher[3] = -np.inf
+    value, grad = jax.value_and_grad(loss)(jnp.float32(student), jnp.float32(teacher))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(grad, q - np.append(p, 0.0), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("loss", LOSSES, **ids)
 def test_nan_is_not_hidden(loss):
     student = jnp.array([[0.0, jnp.nan], [1.0, 2.0]])
