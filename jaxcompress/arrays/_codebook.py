@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import _sharding
 from jaxcompress.arrays import _base
 from jaxcompress.arrays._masked import BitMasked
 from jaxcompress.arrays._nm import NM
@@ -41,7 +42,8 @@ class Codebook(_base.Sized):
         """The dense array."""
         if self.values.shape[0] == 0:
             return jnp.zeros(self.shape, self.dtype)
-        dense = jnp.take(self.values, _base.todense(self.codes).astype(jnp.int32), mode="clip")
+        codes = _base.todense(self.codes).astype(jnp.int32)
+        dense = _sharding.automatic(_look_up, codes, self.values, like_first=True)
         if isinstance(self.codes, (BitMasked, NM)):
             dense = jnp.where(self.codes.present(), dense, 0.0)
         return dense.astype(self.dtype)
@@ -49,3 +51,7 @@ class Codebook(_base.Sized):
     def __repr__(self) -> str:
         codes = self.codes if _base.is_compressed(self.codes) else self.codes.dtype
         return _base.show(self, values=self.values.shape[0], codes=codes)
+
+
+def _look_up(codes: jax.Array, values: jax.Array) -> jax.Array:
+    return jnp.take(values, codes, mode="clip")

@@ -142,11 +142,19 @@ def with_entries(
     Returns:
         An array of the class of `pattern`.
 
+    Raises:
+        TypeError: an argument is traced, or `pattern` is not sparse.
+        ValueError: the shapes differ, or an entry does not fit `bits`.
+
     Examples:
         >>> mask = bit_mask(np.array([0.0, 2.5, 0.0]), np.array([False, True, False]))
         >>> with_entries(mask, np.array([0, 3, 0], np.uint8), bits=2).todense()
         Array([0, 3, 0], dtype=uint8)
     """
+    _require_pattern("with_entries", pattern, dense)
+    if np.shape(dense) != pattern.shape:
+        rule = f"have the shape {pattern.shape}"
+        raise ValueError(_check.message("with_entries", "dense", rule, np.shape(dense)))
     if isinstance(pattern, BitMasked):
         out = bit_mask(dense, pattern.present())
     else:
@@ -164,10 +172,23 @@ def restrict(pattern: BitMasked | NM, present: jax.Array) -> BitMasked | NM:
     Args:
         pattern: a sparse array.
         present: `bool`, its dense shape; concrete.
+
+    Raises:
+        TypeError: an argument is traced, or `pattern` is not sparse.
+        ValueError: the shapes differ.
     """
+    _require_pattern("restrict", pattern, present)
+    require_same_shape("restrict", pattern, present)
     if bool((pattern.present() == present).all()):
         return pattern
     return bit_mask(present, present)
+
+
+def _require_pattern(function: str, pattern: Any, entries: Any) -> None:
+    if not isinstance(pattern, (BitMasked, NM)):
+        got = _check.describe(pattern)
+        raise TypeError(_check.message(function, "pattern", "be a BitMasked or NM array", got))
+    _base.require_concrete(function, "pattern", entries, *jax.tree.leaves(pattern))
 
 
 def _moved_shape(shape: tuple[int, ...], axis: int, m: int) -> tuple[tuple[int, ...], int]:

@@ -80,10 +80,13 @@ def pack_bits(codes: jax.Array | np.ndarray, bits: int, *, signed: bool | None =
     values = np.asarray(codes)
     if values.dtype == bool:
         values = values.astype(np.uint8)
-    if not np.issubdtype(values.dtype, np.integer):
+    # NumPy knows the narrow integers of JAX (int4) only through JAX.
+    if not jnp.issubdtype(values.dtype, jnp.integer):
         raise TypeError(
             _check.message("pack_bits", "codes", "be integers", _check.describe(values))
         )
+    if not np.issubdtype(values.dtype, np.integer):
+        values = values.astype(np.int8)
     if signed is None:
         signed = bool((values < 0).any())
     low, high = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)

@@ -2,11 +2,15 @@
 
 import json
 import os
+from types import ModuleType
 
 from jaxcompress import _check
 from jaxcompress._types import PyTree
 from jaxcompress.export import _format
 from jaxcompress.export._structure import CODES, encode
+
+# The limit of the readers of the format.
+_MOST_HEADER_BYTES = 100_000_000
 
 
 def save(
@@ -39,7 +43,9 @@ def save(
         TypeError: a leaf is not an array or number (a function in an Equinox module: save
             `eqx.filter(module, eqx.is_array)`), or is traced; a key is not str or int.
         ValueError: a compressed array contradicts itself, or is stacked by `vmap`; an array
-            lives in part on another process; two children have the same key.
+            lives in part on another process; two children have the same key; the tree is
+            deeper than 100 levels, or its names and metadata pass 100 MB. Then nothing is
+            written.
 
     Cost: copies the arrays to the host; two copies of all bytes there. Call it on one process.
 
@@ -60,7 +66,23 @@ def save(
     notes[_format.PREFIX + "structure"] = json.dumps(structure, separators=(",", ":"))
     notes[_format.PREFIX + "data_sha256"] = _format.data_digest(listed)
     notes[_format.PREFIX + "sha256"] = _format.header_digest(notes)
-    _format.write_whole(os.fsdecode(path), library.numpy.save(tensors, metadata=notes))
+    _format.write_whole(os.fsdecode(path), _serialize(library, tensors, notes))
+
+
+def _serialize(library: ModuleType, tensors: dict, notes: dict[str, str]) -> bytes:
+    """The bytes of the file; refuses a header that no reader takes."""
+    try:
+        data = library.numpy.save(tensors, metadata=notes)
+        length = int.from_bytes(data[:8], "little")
+        # Some releases write what they then do not read.
+        got = f"{length} bytes" if length > _MOST_HEADER_BYTES else None
+    except library.SafetensorError as error:
+        data, got = b"", str(error)
+    if got is not None:
+        rule = f"fit a header of at most {_MOST_HEADER_BYTES} bytes with names and metadata"
+        fix = "Give shorter metadata, or save the tree in parts."
+        raise ValueError(_check.message("save", "params", rule, got, fix))
+    return data
 
 
 def _bytes(x) -> memoryview:

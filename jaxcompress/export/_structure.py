@@ -20,6 +20,11 @@ CODES = {
 }  # fmt: skip
 
 
+# Readers descend level by level, and so does JSON: what is written must be readable anywhere.
+_MOST_LEVELS = 100
+_MOST_INTEGER_BITS = 4096
+
+
 class Container(NamedTuple):
     """One level of a tree."""
 
@@ -59,15 +64,29 @@ def join(path: str, key: Any) -> str:
     return f"{path}/{key}" if path else str(key)
 
 
-def encode(x: PyTree, path: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """A tree as JSON; its arrays are added to `tensors`, as NumPy arrays."""
+def encode(
+    x: PyTree, path: str, tensors: dict[str, np.ndarray], *, depth: int = 0
+) -> dict[str, Any]:
+    """A tree as JSON; its arrays are added to `tensors`, as NumPy arrays.
+
+    Args:
+        x: a tree.
+        path: that of `x`, in names and errors.
+        tensors: filled.
+        depth: levels above `x`.
+    """
     level = open_level(x)
     if level is None:
         return _encode_leaf(x, path, tensors)
+    if depth == _MOST_LEVELS:
+        rule = f"have at most {_MOST_LEVELS} levels"
+        fix = "Save its leaves in a list."
+        raise ValueError(_check.message("save", "params", rule, "more", fix, path=path))
     if level.kind == "box":
-        return encode(level.children[0], path, tensors)
+        return encode(level.children[0], path, tensors, depth=depth + 1)
     nodes = [
-        encode(c, join(path, k), tensors) for k, c in zip(level.keys, level.children, strict=True)
+        encode(c, join(path, k), tensors, depth=depth + 1)
+        for k, c in zip(level.keys, level.children, strict=True)
     ]
     if level.kind != "dict":
         return {"kind": level.kind, "items": nodes}
@@ -90,6 +109,10 @@ def _encode_leaf(x: Any, path: str, tensors: dict[str, np.ndarray]) -> dict[str,
     if x is None:
         return {"kind": "none"}
     if type(x) in (bool, int, float):
+        if type(x) is int and x.bit_length() > _MOST_INTEGER_BITS:
+            rule = f"hold Python integers of at most {_MOST_INTEGER_BITS} bits"
+            got = f"one of {x.bit_length()}"
+            raise ValueError(_check.message("save", "params", rule, got, path=path))
         # `repr` keeps all bits of a float, and NaN and infinity.
         return {"kind": type(x).__name__, "value": repr(x) if type(x) is float else x}
     if is_compressed(x):

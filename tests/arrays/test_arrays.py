@@ -49,6 +49,15 @@ def test_packed_round_trip_and_bytes(bits, signed):
         assert packed.dtype == codes.dtype == packed.todense().dtype
 
 
+@pytest.mark.parametrize("dtype", [jnp.int2, jnp.uint2, jnp.int4, jnp.uint4])
+def test_packed_takes_the_narrow_integers_of_jax(dtype):
+    info = jnp.iinfo(dtype)
+    codes = np.arange(int(info.min), int(info.max) + 1)
+    packed = arrays.pack_bits(jnp.asarray(codes, jnp.int8).astype(dtype), info.bits)
+    assert (packed.bits, packed.signed) == (info.bits, info.min < 0)
+    np.testing.assert_array_equal(packed.todense(), codes)
+
+
 def test_packed_signedness_follows_the_values():
     assert not arrays.pack_bits(np.arange(4), 2).signed
     assert arrays.pack_bits(np.array([-1, 0]), 1).signed
@@ -165,6 +174,55 @@ def test_binary_codes_stand_for_minus_one_and_one():
     np.testing.assert_array_equal(q.todense(), np.where(codes, 0.5, -0.5))
 
 
+HALVES = [jnp.float16, jnp.bfloat16, jnp.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_narrow_floats_are_kept_bit_for_bit(dtype):
+    dense = np.random.default_rng(1).normal(size=(16, 8)).astype(dtype)
+    keep = keep_some((16, 8), 2, 4, 0)
+    want = np.where(keep, dense, np.zeros((), dtype))
+    groups = arrays.n_m(dense, keep, n=2, m=4, axis=0)
+    for packed in (arrays.bit_mask(jnp.asarray(dense), keep), groups):
+        assert packed.dtype == packed.todense().dtype == dtype
+        np.testing.assert_array_equal(packed.todense(), want)
+    assert groups.nbytes == 64 * np.dtype(dtype).itemsize + 2 * 8
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_low_rank_and_codebook_compute_in_float32(dtype):
+    u, v = (np.random.default_rng(s).normal(size=(8, 8)).astype(dtype) for s in (0, 1))
+    low = arrays.LowRank(jnp.asarray(u), jnp.asarray(v)).todense()
+    want = (u.astype(np.float64) @ v.astype(np.float64)).astype(np.float32)
+    assert low.dtype == dtype
+    # One rounding of the exact product, up to ties.
+    np.testing.assert_allclose(
+        low.astype(np.float32), want, rtol=float(jnp.finfo(dtype).eps) * 0.51, atol=1e-6
+    )
+    values = np.array([1 / 3, -0.1], np.float32)
+    codes = codes_of((5, 3), 1, False)
+    book = arrays.Codebook(jnp.asarray(codes), jnp.asarray(values), np.dtype(dtype))
+    np.testing.assert_array_equal(book.todense(), values[codes].astype(dtype))
+
+
+def test_absent_entries_that_are_not_finite_leave_no_trace():
+    keep = keep_some((16, 8), 2, 4, 0)
+    dense = np.where(keep, np.float32(1), np.float32(np.nan))
+    for packed in (arrays.bit_mask(dense, keep), arrays.n_m(dense, keep, n=2, m=4, axis=0)):
+        np.testing.assert_array_equal(packed.todense(), keep.astype(np.float32))
+
+
+def test_codebook_of_n_of_m():
+    codes, values = codes_of((16, 8), 2, False), np.array([-1.0, 0.5, 2.0, 7.0], np.float32)
+    groups = arrays.n_m(np.zeros((16, 8)), keep_some((16, 8), 2, 4, 0), n=2, m=4, axis=0)
+    inner = arrays.with_entries(groups, codes, bits=2, signed=False)
+    book = arrays.Codebook(inner, jnp.asarray(values), np.dtype(np.float32))
+    np.testing.assert_array_equal(
+        book.todense(), np.where(np.asarray(groups.present()), values[codes], 0)
+    )
+    assert book.nbytes == 2 * 8 + 2 * 8 + 16
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_codebook(sparse):
     codes = codes_of((16, 8), 2, False)
@@ -242,9 +300,10 @@ class TestPasses:
     def test_tree_map_and_devices(self, name):
         x = examples()[name]
         assert arrays.is_compressed(jax.tree.map(lambda leaf: leaf, x))
-        mesh = mesh_of("auto")
-        placed = jax.device_put({"x": x}, NamedSharding(mesh, P()))
-        np.testing.assert_array_equal(placed["x"].todense(), x.todense())
+        for kind in ("auto", "explicit"):
+            placed = jax.device_put({"x": x}, NamedSharding(mesh_of(kind), P()))["x"]
+            np.testing.assert_array_equal(placed.todense(), x.todense())
+            np.testing.assert_array_equal(jax.jit(lambda x: x.todense())(placed), x.todense())
         dense = arrays.todense({"x": x, "y": jnp.ones(2), "n": None})
         assert isinstance(dense["x"], jax.Array)
         assert dense["n"] is None
@@ -268,6 +327,33 @@ class TestPasses:
             assert each.nbytes == x.nbytes
 
 
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("spec", [P("d"), P(None, "d")])
+def test_sharded_parts_give_a_sharded_array(kind, spec):
+    sharding = NamedSharding(mesh_of(kind), spec)
+    whole = NamedSharding(mesh_of(kind), P())
+    codes = jnp.asarray(codes_of((16, 8), 2, False))
+    single, half = np.dtype(np.float32), jnp.full((4, 8), 0.5)
+    u, v = np.random.default_rng(0).normal(size=(2, 16, 2)).astype(np.float32)
+    made = {
+        "quantized": arrays.Quantized(codes, half[:1], jnp.ones((1, 8), jnp.uint8), single),
+        "grouped": arrays.Quantized(codes, half, None, single, group=(0, 4)),
+        "codebook": arrays.Codebook(codes, jnp.arange(4.0), single),
+        "low rank": arrays.LowRank(jnp.asarray(u), jnp.asarray(v.T)),
+    }
+    for name, x in made.items():
+        # The part of the dense shape is split, the small ones are whole.
+        split = spec == P("d")
+        big = (x.u if split else x.v) if name == "low rank" else codes
+        placed = jax.tree.map(
+            lambda leaf, big=big: jax.device_put(leaf, sharding if leaf is big else whole), x
+        )
+        for todense in (lambda x: x.todense(), jax.jit(lambda x: x.todense())):
+            dense = todense(placed)
+            np.testing.assert_allclose(dense, x.todense(), rtol=1e-6, err_msg=name)
+            assert dense.sharding.is_equivalent_to(sharding, 2), name
+
+
 def test_gradients_reach_every_floating_part():
     seed = np.random.default_rng(3).normal(size=(16, 8)).astype(np.float32)
     made = examples()
@@ -282,6 +368,8 @@ def test_gradients_reach_every_floating_part():
     low = made["low rank"]
     got = pull(low, lambda z: arrays.LowRank(z, low.v), low.u)
     np.testing.assert_allclose(got, seed @ np.asarray(low.v).T, rtol=1e-5, atol=1e-5)
+    got = pull(low, lambda z: arrays.LowRank(low.u, z), low.v)
+    np.testing.assert_allclose(got, np.asarray(low.u).T @ seed, rtol=1e-5, atol=1e-5)
     book = made["codebook"]
     got = pull(book, lambda z: arrays.Codebook(book.codes, z, book.dtype), book.values)
     codes = decode_by_hand(book.codes)
@@ -291,6 +379,11 @@ def test_gradients_reach_every_floating_part():
     mask = made["masked"]
     got = pull(mask, lambda z: arrays.BitMasked(z, mask.mask, mask.shape), mask.values)
     np.testing.assert_allclose(got, seed[np.asarray(mask.present())], rtol=1e-6)
+    nm = made["nm"]
+    got = pull(nm, lambda z: arrays.NM(z, nm.indices, nm.n, nm.m, nm.axis, nm.shape), nm.values)
+    place = decode_by_hand(nm.indices).reshape(8, 4, 2)
+    groups = seed.T.reshape(8, 4, 4)
+    np.testing.assert_array_equal(got, np.take_along_axis(groups, place, -1).ravel())
 
 
 @pytest.mark.parametrize(
@@ -307,6 +400,43 @@ def test_gradients_reach_every_floating_part():
             lambda: jax.jit(lambda c: arrays.pack_bits(c, 2))(jnp.arange(3)),
             TypeError,
             "outside of jit",
+        ),
+        (
+            lambda: jax.jit(lambda x: arrays.bit_mask(x, np.ones(3, bool)))(jnp.ones(3)),
+            TypeError,
+            "bit_mask: .*outside of jit",
+        ),
+        (
+            lambda: jax.vmap(lambda p: arrays.n_m(np.ones(4), p, n=4, m=4, axis=0))(
+                jnp.ones((2, 4), bool)
+            ),
+            TypeError,
+            "n_m: .*outside of jit",
+        ),
+        (
+            lambda: jax.jit(arrays.with_entries)(examples()["nm"], jnp.ones((16, 8))),
+            TypeError,
+            "with_entries: .*outside of jit",
+        ),
+        (
+            lambda: jax.jit(arrays.restrict)(examples()["nm"], jnp.ones((16, 8), bool)),
+            TypeError,
+            "restrict: .*outside of jit",
+        ),
+        (
+            lambda: arrays.with_entries(examples()["nm"], np.ones((8, 16))),
+            ValueError,
+            r"with_entries: `dense` must have the shape \(16, 8\)",
+        ),
+        (
+            lambda: arrays.with_entries(examples()["packed"], np.ones((16, 8))),
+            TypeError,
+            "with_entries: `pattern` must be a BitMasked or NM array, got uint8|int8",
+        ),
+        (
+            lambda: arrays.restrict(examples()["nm"], np.ones((8, 16), bool)),
+            ValueError,
+            r"restrict: `present` must have the shape \(16, 8\)",
         ),
         (lambda: arrays.bit_mask(np.ones(3), np.ones(2, bool)), ValueError, "shape"),
         (

@@ -29,7 +29,7 @@ from jaxcompress.arrays import (
     bit_mask,
     pack_bits,
 )
-from jaxcompress.export import _fields
+from jaxcompress.export import _fields, _save
 from tests.conftest import mesh_of
 from tests.export.examples import DENSE, F32, PRESENT, RNG, arrays, host, round_trip, same
 
@@ -88,6 +88,35 @@ def test_containers_numbers_and_none_come_back(tmp_path):
 @pytest.mark.parametrize("tree", [{}, [], (), None, {"a": None}, 3.5])
 def test_trees_without_arrays(tmp_path, tree):
     assert round_trip(tmp_path, tree) == tree
+
+
+def nested(levels):
+    tree = jnp.ones(1)
+    for i in range(levels):
+        tree = {"a": tree} if i % 2 else [tree]
+    return tree
+
+
+def test_what_is_too_deep_to_read_is_not_written(tmp_path):
+    same(round_trip(tmp_path, nested(100)), nested(100))
+    same(round_trip(tmp_path, nested(100), like=nested(100)), nested(100))
+    with pytest.raises(ValueError, match=r"save: `params` must have at most 100 levels.*at '0/a/"):
+        jc.save(tmp_path / "file.safetensors", nested(101))
+    assert jc.load(tmp_path / "file.safetensors")
+
+
+def test_a_header_too_long_to_read_is_not_written(tmp_path, monkeypatch):
+    path = tmp_path / "m"
+    jc.save(path, {"step": 1})
+    with pytest.raises(ValueError, match="save: `params` must fit a header"):
+        jc.save(path, {"step": 2}, metadata={"a": "x" * 100_000_001})
+    # Releases that do not look at the length themselves.
+    monkeypatch.setattr(_save, "_MOST_HEADER_BYTES", 600)
+    with pytest.raises(ValueError, match=r"got 1[0-9]{3} bytes\. Give shorter metadata"):
+        jc.save(path, {"step": 2}, metadata={"a": "x" * 1000})
+    jc.save(path, {"step": 3})
+    assert jc.load(path) == {"step": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
 def test_the_root_may_be_an_array(tmp_path):
@@ -299,6 +328,7 @@ class Odd:
         ({"a": Odd()}, TypeError, "Odd at 'a'"),
         ({"a": {(1, 2): 3}}, TypeError, "str or int, got \\(1, 2\\) at 'a'"),
         ({True: 3}, TypeError, "True"),
+        ({"a": -(1 << 4096)}, ValueError, "at most 4096 bits, got one of 4097 at 'a'"),
         ({"a\ud800": jnp.ones(1)}, ValueError, "Unicode"),
     ],
 )
