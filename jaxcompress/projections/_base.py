@@ -56,15 +56,49 @@ class Projection(NamedTuple):
 
 
 def of_leaves(find: Callable[..., PyTree]) -> Projection:
-    """A projection whose structure holds, per leaf, an object with `project` and `pack`.
+    """A projection whose structure is a dict from a leaf's path to what was found for it.
+
+    The dict is flat, whatever holds the params, so that a structure never lies inside of a
+    container with rules of its own, such as the variables of `flax.nnx.Optimizer`.
 
     Args:
-        find: as in `Projection`, for every leaf of the params that it is given. Each leaf's
-            structure is a registered dataclass with `project(w) -> w` and `pack(w)`, and
-            with a field `keep` where it drops entries.
+        find: as in `Projection`, for every leaf of the params that it is given, returning
+            (and taking as `previous`) their tree with a registered dataclass at each leaf,
+            which has `project(w) -> w`, `pack(w, path)`, and a field `keep` where it drops
+            entries.
     """
-    raw = Projection(find, _project_leaves, pack_leaves, kept=_kept_leaves)
+
+    def find_flat(params, *, previous=None, grads=None, step=0):
+        held = None if previous is None else _unflat(params, previous)
+        found = find(params, previous=held, grads=grads, step=step)
+        paths, treedef = _paths(params)
+        return dict(zip(paths, treedef.flatten_up_to(found), strict=True))
+
+    def project(params, structure):
+        return jax.tree.map(lambda w, s: s.project(w), params, _unflat(params, structure))
+
+    def kept(params, structure):
+        held = _unflat(params, structure)
+        return jax.tree.map(lambda w, s: getattr(s, "keep", True), params, held)
+
+    raw = Projection(find_flat, project, pack_leaves, kept)
     return choose(raw, tree.is_weight)._replace(everywhere=raw)
+
+
+def _paths(params: PyTree) -> tuple[list[str], Any]:
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    paths = [tree.path_string(path) for path, _ in flat]
+    if len(set(paths)) < len(paths):
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        raise ValueError(
+            _check.message("find", "params", "have a path of its own for each leaf", twice)
+        )
+    return paths, treedef
+
+
+def _unflat(params: PyTree, structure: dict[str, Any]) -> PyTree:
+    paths, treedef = _paths(params)
+    return jax.tree.unflatten(treedef, [structure[path] for path in paths])
 
 
 def choose(projection: Projection, where: tree.Where, *, function: str = "masked") -> Projection:
@@ -123,17 +157,19 @@ def show(params: PyTree, chosen: PyTree) -> PyTree:
 
 
 def is_leaf_structure(x: Any) -> bool:
-    """Whether `x` is what `of_leaves` holds for a leaf, or stands for a leaf not chosen."""
-    # Of the class: a Flax variable hands on the attributes of what it holds.
-    return is_masked_node(x) or (hasattr(type(x), "pack") and hasattr(type(x), "project"))
+    """Whether `x` is what `of_leaves` holds for a leaf."""
+    return hasattr(type(x), "pack") and hasattr(type(x), "project")
 
 
-def pack_leaves(params: PyTree, structure: PyTree) -> PyTree:
+def pack_leaves(params: PyTree, structure: dict[str, Any]) -> PyTree:
     """Packs each leaf that has a structure, and leaves it as it is where packed is bigger."""
 
-    def leaf(path, s, w):
-        if is_masked_node(s):
-            return w
+    def leaf(path, w):
+        if path not in structure:
+            parts = {name for name in structure if name.startswith(f"{path}/")}
+            # A compressed array whose own parts were projected, as the factors of a low rank.
+            return w if not parts else _pack_parts(path, w)
+        s = structure[path]
         if any(_check.is_traced(x) for x in jax.tree.leaves((s, w))):
             raise TypeError(
                 _check.message(
@@ -148,15 +184,9 @@ def pack_leaves(params: PyTree, structure: PyTree) -> PyTree:
         packed = s.pack(w, path)
         return packed if packed.nbytes < w.nbytes else w
 
-    flat, treedef = jax.tree_util.tree_flatten_with_path(structure, is_leaf=is_leaf_structure)
-    leaves = treedef.flatten_up_to(params)
-    packed = [leaf(tree.path_string(path), s, w) for (path, s), w in zip(flat, leaves, strict=True)]
-    return jax.tree.unflatten(treedef, packed)
+    def _pack_parts(path, w):
+        flat, treedef = jax.tree_util.tree_flatten_with_path(w)
+        parts = [leaf(f"{path}/{tree.path_string(part)}", x) for part, x in flat]
+        return jax.tree.unflatten(treedef, parts)
 
-
-def _project_leaves(params: PyTree, structure: PyTree) -> PyTree:
-    return jax.tree.map(lambda w, s: s.project(w), params, structure)
-
-
-def _kept_leaves(params: PyTree, structure: PyTree) -> PyTree:
-    return jax.tree.map(lambda w, s: getattr(s, "keep", True), params, structure)
+    return tree.map_with_path(leaf, params)

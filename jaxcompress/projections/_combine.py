@@ -91,7 +91,7 @@ def masked(projection: Projection, where: tree.Where) -> Projection:
             `jaxcompress.tree.select`.
 
     Returns:
-        The projection. Its structure has `optax.MaskedNode()` at the leaves not chosen.
+        The projection. Its structure is that of `projection`, for the chosen leaves alone.
 
     Raises:
         TypeError: `projection` is not a `Projection`.

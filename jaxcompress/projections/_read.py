@@ -98,7 +98,9 @@ def structure(opt_state: PyTree) -> PyTree:
             `straight_through` inside of any Optax wrapper.
 
     Returns:
-        The structure; a tuple of them, in order, where there are several.
+        The structure; a tuple of them, in order, where there are several. For the library's
+        own projections it is a dict from the path of a leaf to its `Mask`, `Grid`, `Basis` or
+        `Centroids`, inside of what the combinators add.
 
     Raises:
         ValueError: there is none.

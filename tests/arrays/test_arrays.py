@@ -199,6 +199,16 @@ def test_low_rank_and_codebook_compute_in_float32(dtype):
     np.testing.assert_allclose(
         low.astype(np.float32), want, rtol=float(jnp.finfo(dtype).eps) * 0.51, atol=1e-6
     )
+    # Factors of two dtypes: that of `u` is the dense one.
+    wide = np.random.default_rng(2).normal(size=(8, 4)).astype(np.float32)
+    mixed = arrays.LowRank(jnp.asarray(u), jnp.asarray(wide)).todense()
+    assert mixed.dtype == dtype
+    np.testing.assert_allclose(
+        mixed.astype(np.float32),
+        u.astype(np.float64) @ wide,
+        rtol=float(jnp.finfo(dtype).eps) * 0.51,
+        atol=1e-6,
+    )
     values = np.array([1 / 3, -0.1], np.float32)
     codes = codes_of((5, 3), 1, False)
     book = arrays.Codebook(jnp.asarray(codes), jnp.asarray(values), np.dtype(dtype))

@@ -21,7 +21,7 @@ def test_lands_exactly_on_zeros(dtype):
     for layer in ("a", "b"):
         w, keep = (
             np.asarray(out[layer]["kernel"]),
-            np.asarray(jc.structure(state)[layer]["kernel"].keep),
+            np.asarray(jc.structure(state)[f"{layer}/kernel"].keep),
         )
         np.testing.assert_array_equal(w[~keep], 0)
         assert (w[keep] != 0).all()
@@ -117,7 +117,7 @@ def test_starts_late_holds_and_freezes():
         updates, state = opt.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         sparsity.append(float((params["a"]["kernel"] == 0).mean()))
-        masks.append(np.asarray(state.structure.inner["a"]["kernel"].keep))
+        masks.append(np.asarray(state.structure.inner["a/kernel"].keep))
     n = 128
     wanted = [0] * 4 + [round(0.4 * n) / n] * 2 + [round(0.6 * n) / n] * 6
     np.testing.assert_allclose(sparsity, wanted)
@@ -200,7 +200,7 @@ def test_latent_and_structure_are_read_from_any_nesting():
     for opt in wrappers:
         state = opt.init(params)
         jax.tree.map(np.testing.assert_array_equal, jc.latent(state), params)
-        assert jc.structure(state)["a"]["kernel"].scale.shape == (1, 8)
+        assert jc.structure(state)["a/kernel"].scale.shape == (1, 8)
     labels = {"a": {"bias": "x", "kernel": "x"}, "b": {"kernel": "y"}}
     opt = optax.partition({"x": st(), "y": st()}, labels)
     jax.tree.map(np.testing.assert_array_equal, jc.latent(opt.init(params)), params)

@@ -49,7 +49,7 @@ def test_moments_of_dropped_weights_are_zero(name):
     for _ in range(4):
         updates, state = jax.jit(opt.update)(grads, state, params)
         params = optax.apply_updates(params, updates)
-    keep = state.structure["a"]["kernel"].keep
+    keep = state.structure["a/kernel"].keep
     moments = elementwise(state.inner, (16, 8))
     assert len(moments) >= 1
     for moment in moments:
@@ -88,4 +88,4 @@ def test_bare_array_params():
     opt = jc.projected(lenient(optax.adam(1e-2)), jc.prune(0.5))
     w = contract.params()["a"]["kernel"]
     _, state = opt.update(w, opt.init(w), w)
-    assert (np.asarray(state.inner[0].mu)[~np.asarray(state.structure.keep)] == 0).all()
+    assert (np.asarray(state.inner[0].mu)[~np.asarray(state.structure[""].keep)] == 0).all()

@@ -5,7 +5,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,18 +61,18 @@ def test_global_scope_is_one_threshold_over_all_leaves():
     keep = keep_by_sorting(flat, 0.7)
     np.testing.assert_array_equal(found["a"].keep.ravel(), keep[:128])
     np.testing.assert_array_equal(found["b"].keep.ravel(), keep[128:])
-    assert isinstance(found["c"], optax.MaskedNode)
+    assert set(found) == {"a", "b"}
 
 
 def test_global_scope_does_not_depend_on_the_order_of_leaves():
     rng = np.random.default_rng(1)
     leaves = [jnp.asarray(rng.normal(size=(16, 8)), jnp.float32) for _ in range(3)]
     p = jc.prune(0.6, scope="global")
-    want = [m.keep for m in p.find(leaves)]
+    want = [m.keep for m in p.find(leaves).values()]
     for order in itertools.permutations(range(3)):
         found = p.find([leaves[i] for i in order])
         for place, i in enumerate(order):
-            np.testing.assert_array_equal(found[place].keep, want[i])
+            np.testing.assert_array_equal(found[str(place)].keep, want[i])
 
 
 def n_m_by_loops(w, n, m, axis):

@@ -25,7 +25,7 @@ def lloyd(w, k, iterations=20):
 def test_agrees_with_lloyd(k):
     w = np.random.default_rng(k).normal(size=(16, 8)).astype(np.float32)
     want = lloyd(w, k)
-    found = jc.cluster(k).find(jnp.asarray(w)).values
+    found = jc.cluster(k).find(jnp.asarray(w))[""].values
     np.testing.assert_allclose(found, want, atol=1e-5)
     out = np.asarray(jc.compress(jc.cluster(k), jnp.asarray(w)), np.float64)
     nearest = want[np.abs(w[..., None] - want).argmin(-1)]
