@@ -82,7 +82,7 @@ def of_leaves(find: Callable[..., PyTree]) -> Projection:
         return jax.tree.map(lambda w, s: getattr(s, "keep", True), params, held)
 
     raw = Projection(find_flat, project, pack_leaves, kept)
-    return choose(raw, tree.is_weight)._replace(everywhere=raw)
+    return choose(raw, tree.is_weight, function="find")._replace(everywhere=raw)
 
 
 def _paths(params: PyTree) -> tuple[list[str], Any]:

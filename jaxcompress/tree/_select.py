@@ -160,4 +160,6 @@ def _glob(pattern: str) -> re.Pattern:
 
 
 def _name(where: Any) -> str:
-    return where.pattern if isinstance(where, re.Pattern) else repr(where)
+    if isinstance(where, re.Pattern):
+        return where.pattern
+    return getattr(where, "__name__", repr(where))

@@ -159,3 +159,8 @@ def test_packed_size_is_kept_values_and_one_bit_each():
 def test_bad_input(kwargs, kind, text):
     with pytest.raises(kind, match=text):
         jc.compress(jc.prune(**kwargs), {"w": jnp.ones((4, 4))})
+
+
+def test_a_model_without_weights_is_refused_by_the_rule_of_the_default_choice():
+    with pytest.raises(ValueError, match=r"find: `where` must match .* got is_weight, .*\n  b"):
+        jc.compress(jc.prune(0.5), {"b": jnp.ones(3)})
