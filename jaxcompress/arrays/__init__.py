@@ -19,5 +19,10 @@ from jaxcompress.arrays._nm import restrict as restrict
 from jaxcompress.arrays._nm import with_entries as with_entries
 from jaxcompress.arrays._packed import Packed as Packed
 from jaxcompress.arrays._packed import pack_bits as pack_bits
+from jaxcompress.arrays._parts import cast as cast
+from jaxcompress.arrays._parts import partition_specs as partition_specs
 from jaxcompress.arrays._quantized import Quantized as Quantized
 from jaxcompress.arrays._quantized import expand_groups as expand_groups
+from jaxcompress.arrays._rows import Rows as Rows
+from jaxcompress.arrays._rows import rows as rows
+from jaxcompress.arrays._rows import take_rows as take_rows
