@@ -15,6 +15,7 @@ from jaxcompress import pruning as pruning
 from jaxcompress import quantization as quantization
 from jaxcompress import report as report
 from jaxcompress import schedules as schedules
+from jaxcompress import tracing as tracing
 from jaxcompress import tree as tree
 from jaxcompress.arrays import todense as todense
 from jaxcompress.distillation import distill as distill
@@ -46,5 +47,15 @@ from jaxcompress.pruning import prune as prune
 from jaxcompress.quantization import cluster as cluster
 from jaxcompress.quantization import quantize as quantize
 from jaxcompress.report import summary as summary
+from jaxcompress.tracing import calibrate as calibrate
+from jaxcompress.tracing import capture as capture
+from jaxcompress.tracing import capture_names as capture_names
+from jaxcompress.tracing import cost as cost
+from jaxcompress.tracing import functional as functional
+from jaxcompress.tracing import lift as lift
+from jaxcompress.tracing import name as name
+from jaxcompress.tracing import observers as observers
+from jaxcompress.tracing import quantize_activations as quantize_activations
+from jaxcompress.tracing import sites as sites
 
 __version__ = "0.1.0"
