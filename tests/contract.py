@@ -187,6 +187,17 @@ ELSEWHERE = {
     "tests/arrays": {"todense"},
     "tests/export": {"save", "load"},
     "tests/report": {"summary"},
+    "tests/tracing": {
+        "sites",
+        "lift",
+        "capture",
+        "capture_names",
+        "name",
+        "calibrate",
+        "quantize_activations",
+        "cost",
+        "functional",
+    },
 }
 
 

@@ -252,7 +252,8 @@ def _both_ways(entry: Entry):
 
     def dense(values, given):
         del given
-        return entry.as_it_is([entry.dense(v) for v in values])
+        # A custom derivative is one of dense values, whatever the body has a rule for.
+        return entry.as_it_is([v.value.todense() if isinstance(v, Weight) else v for v in values])
 
     return run, dense
 
@@ -275,7 +276,7 @@ def _shard_map(entry: Entry, values, given):
         if isinstance(value, Weight):
             parts = _views.partition_specs(value, spec)
             if parts is None:
-                values[i] = entry.dense(value)
+                values[i] = _views.decoded(value, entry.dense)
             else:
                 specs[i] = dataclasses.replace(value, value=parts)
 

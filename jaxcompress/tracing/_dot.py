@@ -45,12 +45,14 @@ def read_dot(eqn: Any, operand: int) -> Dot:
     return Dot(tuple(sides[0]), tuple(sides[1]), tuple(out), operand, eqn.params)
 
 
-def thin(x: jax.Array, product: Product, dot: Dot, out: Any) -> jax.Array:
+def thin(x: jax.Array, product: Product, dot: Dot, dtype: Any) -> jax.Array:
     """Two thinner products, in the order that takes fewer operations."""
     # Labels of the factors' axes, apart from those of the activations' free axes. An axis
     # that was merged of several is split in the activations and in the result.
     base = 1 + max((*dot.x, *dot.w), default=0)
-    split = {a: tuple(base + i for i in group) for a, group in zip(dot.w, product.groups)}
+    split = {
+        a: tuple(base + i for i in group) for a, group in zip(dot.w, product.groups, strict=True)
+    }
     rank = base + 1 + max(product.sizes)
     sizes = {base + i: size for i, size in product.sizes.items()}
     whole = dict(zip(dot.x, x.shape, strict=True)) | dict(zip(dot.w, product.shape, strict=True))
@@ -75,9 +77,9 @@ def thin(x: jax.Array, product: Product, dot: Dot, out: Any) -> jax.Array:
         second[1],
         fine.out,
         dot.params,
-        out.dtype,
+        dtype,
     )
-    return y.reshape(out.shape)
+    return y.reshape([whole[a] for a in dot.out])
 
 
 def _plan(x: jax.Array, dot: Dot, factors):
@@ -124,14 +126,14 @@ def codes_of(weight: Quantized, dtype: Any) -> jax.Array:
     return steps
 
 
-def weight_only(x: jax.Array, weight: Quantized, dot: Dot, out: Any) -> jax.Array:
+def weight_only(x: jax.Array, weight: Quantized, dot: Dot, dtype: Any) -> jax.Array:
     """Floating-point activations times integer codes; the scales multiply the result."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    y = _general(x, codes_of(weight, x.dtype), dot, wide)
-    return (y * to_result(weight.scale, dot.w, dot).astype(wide)).astype(out.dtype)
+    y = plain(x, codes_of(weight, x.dtype), dot, wide)
+    return (y * to_result(weight.scale, dot.w, dot).astype(wide)).astype(dtype)
 
 
-def integer(x: jax.Array, weight: Quantized, dot: Dot, out: Any, step: jax.Array) -> jax.Array:
+def integer(x: jax.Array, weight: Quantized, dot: Dot, dtype: Any, step: jax.Array) -> jax.Array:
     r"""int8 activations times int8 codes, summed in int32.
 
     .. math:: y = \Delta_x \Delta_w \left(\sum q_x c - z \sum q_x\right)
@@ -140,19 +142,19 @@ def integer(x: jax.Array, weight: Quantized, dot: Dot, out: Any, step: jax.Array
         x: activations.
         weight: with scales that may be applied outside.
         dot: how they are joined.
-        out: what the result looks like.
+        dtype: static. Of the result.
         step: :math:`\Delta_x`, of the rank of `x`, of size 1 along contracted axes.
     """
     codes, zero_point = _signed(weight)
     q = jnp.clip(jnp.round(x.astype(jnp.float32) / step), -127, 127).astype(jnp.int8)
-    total = _general(q, codes, dot, jnp.int32).astype(jnp.float32)
+    total = plain(q, codes, dot, jnp.int32).astype(jnp.float32)
     if zero_point is not None:
         contracted = tuple(i for i, a in enumerate(dot.x) if a not in dot.out)
         sums = jnp.sum(q, axis=contracted, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
         # Along contracted axes the zero point is of size 1: they are the scale's.
         total = total - to_result(sums, dot.x, dot) * to_result(zero_point, dot.w, dot)
     total = total * to_result(step, dot.x, dot) * to_result(weight.scale, dot.w, dot)
-    return total.astype(out.dtype)
+    return total.astype(dtype)
 
 
 def _signed(weight: Quantized) -> tuple[jax.Array, jax.Array | None]:
@@ -168,7 +170,7 @@ def _signed(weight: Quantized) -> tuple[jax.Array, jax.Array | None]:
     return shifted, base - 128
 
 
-def _general(x: jax.Array, w: jax.Array, dot: Dot, dtype: Any) -> jax.Array:
+def plain(x: jax.Array, w: jax.Array, dot: Dot, dtype: Any) -> jax.Array:
     """The product as the equation has it, on other arrays."""
     params = dot.params | {"preferred_element_type": dtype}
     return jax.lax.dot_general(*((x, w) if dot.operand == 1 else (w, x)), **params)

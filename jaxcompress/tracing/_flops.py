@@ -6,46 +6,58 @@ from typing import Any
 import numpy as np
 
 _ELEMENTWISE = frozenset(
-    "add sub mul div rem neg abs sign max min floor ceil round exp exp2 expm1 log log1p tanh"
-    " logistic sin cos tan sqrt rsqrt cbrt square pow integer_pow erf erfc erf_inv atan2 asin"
-    " acos atan sinh cosh asinh acosh atanh clamp select_n eq ne lt le gt ge and or xor not"
-    " is_finite nextafter add_any".split()
+    "add sub mul div rem neg abs sign max min floor ceil round integer_pow square clamp select_n"
+    " eq ne lt le gt ge and or xor not is_finite nextafter add_any shift_left"
+    " shift_right_logical shift_right_arithmetic population_count".split()
+)
+_TRANSCENDENTAL = frozenset(
+    "exp exp2 expm1 log log1p tanh logistic sin cos tan sqrt rsqrt cbrt pow erf erfc erf_inv"
+    " atan2 asin acos atan sinh cosh asinh acosh atanh".split()
 )
 _REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin cumsum"
-    " cumprod cummax cummin cumlogsumexp".split()
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin"
+    " cumsum cumprod cummax cummin cumlogsumexp".split()
 )
-_FUSED = _ELEMENTWISE | frozenset(
-    "broadcast_in_dim convert_element_type reshape squeeze expand_dims transpose slice iota"
-    " stop_gradient copy copy_p name rev pad".split()
+_MOVING = frozenset(
+    "broadcast_in_dim convert_element_type bitcast_convert_type reduce_precision reshape squeeze"
+    " expand_dims transpose slice split iota stop_gradient copy copy_p name rev pad"
+    " optimization_barrier sharding_constraint reshard mesh_cast pvary pcast".split()
 )
+_FUSED = _ELEMENTWISE | _TRANSCENDENTAL | _MOVING
 
 
 def flops(eqn: Any) -> int:
     """Floating-point operations of one run; a multiplication and an addition are two.
 
     Matrix products and convolutions by their multiplications; elementwise operations one for
-    each result, reductions one for each operand's entry; 0 for all others. A convolution's
-    products with padding and with the zeros of a dilated input are not counted, as XLA does.
+    each result, reductions one for each operand's entry; 0 for all others, casts included.
+    As XLA does, transcendental functions (exp, tanh, sqrt, …) are left out, and so are a
+    convolution's products with padding and with the zeros of a dilated input. In a ragged
+    product each row meets the matrix of its own group only.
     """
     name = eqn.primitive.name
-    shapes = [v.aval.shape for v in eqn.invars]
     if name == "dot_general":
-        (contract, _), _ = eqn.params["dimension_numbers"]
-        joined = math.prod(shapes[0][i] for i in contract)
-        return 2 * math.prod(eqn.outvars[0].aval.shape) * joined
+        return _product(eqn, eqn.params["dimension_numbers"])
     if name == "conv_general_dilated":
         return _convolution(eqn)
     if name == "ragged_dot_general":
         numbers = eqn.params["ragged_dot_dimension_numbers"]
+        total = _product(eqn, numbers.dot_dimension_numbers)
         (contract, _), _ = numbers.dot_dimension_numbers
-        joined = math.prod(shapes[0][i] for i in contract)
-        return 2 * math.prod(eqn.outvars[0].aval.shape) * joined
+        # The groups share out the contracted axis: each result sums over its part of it.
+        shared_out = numbers.lhs_ragged_dimensions[0] in contract
+        return total // max(1, eqn.invars[2].aval.shape[-1]) if shared_out else total
     if name in _ELEMENTWISE:
         return math.prod(eqn.outvars[0].aval.shape)
     if name in _REDUCTIONS:
-        return math.prod(shapes[0])
+        return math.prod(eqn.invars[0].aval.shape)
     return 0
+
+
+def _product(eqn: Any, dimension_numbers: Any) -> int:
+    (contract, _), _ = dimension_numbers
+    joined = math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * joined
 
 
 def _convolution(eqn: Any) -> int:
@@ -66,9 +78,18 @@ def _convolution(eqn: Any) -> int:
 
 
 def moved_bytes(eqn: Any) -> int:
-    """Bytes of the operands and of the results; of a gather only the rows that it reads."""
-    if eqn.primitive.name == "gather":
+    """Bytes of the operands and of the results.
+
+    Of a gather or a slice at a computed place only the part that it reads, and of its
+    counterparts that write (a cache, a scatter) only the part that they write.
+    """
+    name = eqn.primitive.name
+    if name in ("gather", "dynamic_slice"):
         return sum(map(_bytes, eqn.invars[1:])) + 2 * _bytes(eqn.outvars[0])
+    if name == "dynamic_update_slice":
+        return sum(map(_bytes, eqn.invars[1:])) + _bytes(eqn.invars[1])
+    if name.startswith("scatter"):
+        return _bytes(eqn.invars[1]) + 3 * _bytes(eqn.invars[2])
     return sum(map(_bytes, (*eqn.invars, *eqn.outvars)))
 
 

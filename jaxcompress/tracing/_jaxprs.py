@@ -44,7 +44,8 @@ def trace(
     modules) keeps its value, as a static argument does.
     """
     named = [(f"[{i}]", arg) for i, arg in enumerate(args)]
-    named += [(f"[{name}]", arg) for name, arg in kwargs.items()]
+    # In the order in which a pytree has them.
+    named += [(f"[{name}]", arg) for name, arg in sorted(kwargs.items())]
     flat, paths = [], []
     for i, (name, arg) in enumerate(named):
         for path, leaf in _parts(arg) if parts else tree.leaves_with_paths(arg):

@@ -11,7 +11,7 @@ from jaxcompress._types import PyTree
 from jaxcompress.tracing._dot import Dot, per_token
 from jaxcompress.tracing._interpret import Hooks, interpret
 from jaxcompress.tracing._jaxprs import trace
-from jaxcompress.tracing._rules import StepOf, apply_rule
+from jaxcompress.tracing._rules import StepOf, apply_rule, join
 from jaxcompress.tracing._sites import Site, require_function, sites_of
 from jaxcompress.tracing._weights import Weight
 
@@ -38,7 +38,9 @@ def lift(
 
     A leaf is followed through transposes, reshapes, casts, slices and `jit`, `scan` (one layer
     of a stacked leaf in each trip), `cond`, `while`, `checkpoint`, custom derivatives and
-    `shard_map`. What no rule covers, as `w + 1`, is refused.
+    `shard_map`. Elementwise arithmetic decodes it; that of low rank, and what else no rule
+    covers, as `jnp.sum(w)`, is refused. Derivatives of functions with custom rules are taken
+    on dense values.
 
     Args:
         fn: any function `fn(params, *args, **kwargs)`: a Flax Linen `apply`, a function that
@@ -99,6 +101,9 @@ def lift(
                 result = apply_rule(values[operand], operand, values, eqn, run, step_of)
                 if result is not None:
                     return [result], {}
+            joined = join(values, eqn)
+            if joined is not None:
+                return [joined], {}
             return run([dense(v, eqn) if isinstance(v, Weight) else v for v in values])
 
         hooks = Hooks(

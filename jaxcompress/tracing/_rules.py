@@ -1,18 +1,23 @@
 """What each operation does with each type of compressed array."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress import arrays
 from jaxcompress.tracing import _dot, _views
 from jaxcompress.tracing._conv import thin_conv
 from jaxcompress.tracing._gather import take
+from jaxcompress.tracing._joined import Joined
 from jaxcompress.tracing._product import Product
 from jaxcompress.tracing._weights import Weight
+
+_ELEMENTWISE = frozenset("add sub mul div max min".split())
 
 StepOf = Callable[[jax.Array, _dot.Dot], jax.Array] | None
 """From activations and how they are joined with a weight to their integer step."""
@@ -40,19 +45,16 @@ def apply_rule(
         return run([*values[:operand], value.todense(), *values[operand + 1 :]])[0][0]
 
     if name == "dot_general":
-        dot = _dot.read_dot(eqn, operand)
-        if low_rank:
-            return _dot.thin(others[0], _views.as_product(value), dot, out)
-        if _views.is_plain(value) and _dot.scales_outside(value, dot):
-            if step_of is None:
-                return _dot.weight_only(others[0], value, dot, out)
-            return _dot.integer(others[0], value, dot, out, step_of(others[0], dot))
-        return decoded()
+        return multiply(others[0], value, _dot.read_dot(eqn, operand), out.dtype, step_of)
+    if isinstance(value, Joined):
+        return None
     if name == "conv_general_dilated" and operand == 1:
         return thin_conv(others[0], _views.as_product(value), eqn) if low_rank else decoded()
     if name == "gather" and operand == 0:
         rows = take(value, others[0], eqn)
         return rows if rows is not None or low_rank else decoded()
+    if name in _ELEMENTWISE and not low_rank:
+        return decoded()
     if name == "ragged_dot_general" and operand == 1:
         return _ragged(others, _views.as_product(value), eqn) if low_rank else decoded()
     if operand == 0:
@@ -61,6 +63,46 @@ def apply_rule(
             return viewed
         return Weight(viewed, weight.path)
     return None
+
+
+def multiply(x: jax.Array, value: Any, dot: _dot.Dot, dtype: Any, step_of: StepOf) -> jax.Array:
+    """A matrix product with a compressed array, or with a plain one."""
+    if isinstance(value, Joined):
+        return _multiply_parts(x, value, dot, dtype, step_of)
+    value = _unpacked(value)
+    if isinstance(value, (Product, arrays.LowRank)):
+        return _dot.thin(x, _views.as_product(value), dot, dtype)
+    if _views.is_plain(value) and _dot.scales_outside(value, dot):
+        if step_of is None:
+            return _dot.weight_only(x, value, dot, dtype)
+        return _dot.integer(x, value, dot, dtype, step_of(x, dot))
+    dense = value.todense() if hasattr(type(value), "todense") else value
+    return _dot.plain(x, dense, dot, dot.params["preferred_element_type"]).astype(dtype)
+
+
+def _multiply_parts(x, joined: Joined, dot: _dot.Dot, dtype, step_of) -> jax.Array:
+    """Along a contracted axis the parts' products add up, along others they are joined."""
+    label = dot.w[joined.axis]
+    pieces = [x] * len(joined.parts)
+    if label in dot.x:
+        sizes = np.cumsum([part.shape[joined.axis] for part in joined.parts])
+        pieces = jnp.split(x, sizes[:-1], axis=dot.x.index(label))
+    results = [
+        multiply(piece, part, dot, dtype, step_of)
+        for piece, part in zip(pieces, joined.parts, strict=True)
+    ]
+    if label in dot.out:
+        return jnp.concatenate(results, axis=dot.out.index(label))
+    return functools.reduce(jnp.add, results)
+
+
+def join(values: list[Any], eqn: Any) -> Weight | None:
+    """Weights that are concatenated, as the kernels of the gates of an LSTM; None for others."""
+    if eqn.primitive.name != "concatenate":
+        return None
+    parts = [v.value if isinstance(v, Weight) else v for v in values]
+    paths = [v.path for v in values if isinstance(v, Weight)]
+    return Weight(Joined(parts, eqn.params["dimension"]), " + ".join(paths))
 
 
 def _unpacked(value: Any) -> Any:

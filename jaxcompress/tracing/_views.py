@@ -237,10 +237,17 @@ def _same(row: jax.Array) -> jax.Array:
     return row
 
 
+def decoded(weight: Weight, dense: Callable[[Weight], jax.Array]) -> jax.Array:
+    """Dense by decoding its codes; for a low rank, which has none, as `dense` has it."""
+    if isinstance(weight.value, (Product, arrays.LowRank)):
+        return dense(weight)
+    return weight.value.todense()
+
+
 def partition_specs(weight: Weight, spec: jax.sharding.PartitionSpec) -> Any:
     """How the parts of a weight are sharded where it is sharded by `spec`; None if it can't."""
     if all(axis is None for axis in spec):
         return jax.tree.map(lambda _: jax.P(), weight.value)
-    if isinstance(weight.value, (Product, Deferred)):
+    if not arrays.is_compressed(weight.value):
         return None
     return arrays.partition_specs(weight.value, spec)
