@@ -22,10 +22,11 @@ def message(
 
 
 def describe(x: Any) -> str:
-    """`float32[3, 4]` for anything with a shape and a dtype, else its type and value."""
+    """`float32[3, 4]` for anything with a shape and a dtype, else its type and value, cut."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
         return f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
-    return f"{type(x).__name__} {x!r}"
+    value = repr(x)
+    return f"{type(x).__name__} {value if len(value) <= 200 else value[:200] + '…'}"
 
 
 def is_traced(x: Any) -> bool:

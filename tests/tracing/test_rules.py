@@ -1,0 +1,358 @@
+"""The rules of `lift`, one by one, against NumPy and against dense leaves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxcompress as jc
+from jaxcompress import arrays
+from tests.conftest import lenient, mesh_of
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), jnp.float32)
+
+
+def close(got, want, tolerance=1e-5):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max(initial=0) <= tolerance * np.abs(want).max(initial=1e-30)
+
+
+def linear(params, x):
+    return x @ params["w"]
+
+
+def dense_of(params):
+    return np.asarray(jc.todense(params)["w"], np.float64)
+
+
+INTEGERS = {
+    "per channel": jc.quantize(8),
+    "per tensor": jc.quantize(8, axis=None),
+    "zero point": jc.quantize(8, axis=None, symmetric=False),
+    "zero point per channel": jc.quantize(8, symmetric=False),
+    "4 bits": jc.quantize(4),
+    "1 bit": jc.quantize(1, axis=None),
+}
+
+
+class TestIntegerProducts:
+    @pytest.mark.parametrize("kind", INTEGERS)
+    def test_dynamic_equals_numpy(self, kind):
+        small, x = jc.pack(INTEGERS[kind], {"w": draw(16, 8) + 0.3}), draw(5, 16)
+        x = x.at[0].set(0.0)
+        lifted = jc.lift(linear, activations="dynamic")
+        text = str(jax.make_jaxpr(lifted)(small, x))
+        assert "preferred_element_type=int32" in text
+        largest = np.abs(np.asarray(x, np.float64)).max(1, keepdims=True)
+        step = np.where(largest > 0, largest / 127, 1)
+        rounded = np.clip(np.round(np.asarray(x) / step), -127, 127) * step
+        close(jax.jit(lifted)(small, x), rounded @ dense_of(small), 1e-6)
+
+    def test_static_equals_numpy(self):
+        small, x = jc.pack(jc.quantize(8), {"w": draw(16, 8)}), draw(5, 16)
+        stats = jc.calibrate(jc.lift(linear), small, [x])
+        names = {"w": next(iter(stats.values()))}
+        y = jc.lift(linear, activations=names)(small, 2 * x)
+        step = np.abs(np.asarray(x, np.float64)).max() / 127
+        rounded = np.clip(np.round(np.asarray(2 * x) / step), -127, 127) * step
+        close(y, rounded @ dense_of(small), 1e-6)
+
+    def test_static_ranges_are_mapped(self):
+        small, x = jc.pack(jc.quantize(8), {"w": draw(16, 8)}), draw(5, 16)
+        highs = jnp.array([0.5, 1.0, 3.0])
+
+        def run(high):
+            ranges = {"w": jc.observers.Range(-high, high)}
+            return jc.lift(linear, activations=ranges)(small, x)
+
+        mapped = jax.jit(jax.vmap(run))(highs)
+        for i, high in enumerate(highs):
+            close(mapped[i], run(high), 1e-6)
+
+    def test_missing_range_is_refused(self):
+        small = jc.pack(jc.quantize(8), {"w": draw(16, 8)})
+        with pytest.raises(ValueError, match=r"lift: `activations`.*none for 'w'"):
+            jc.lift(linear, activations={})(small, draw(5, 16))
+
+    @pytest.mark.parametrize("kind", ["grouped", "contracted scale"])
+    def test_scales_along_the_sum_are_not_integer_products(self, kind):
+        # What can't be one integer product is decoded, at full precision of the activations.
+        p = jc.quantize(8, group_size=4) if kind == "grouped" else jc.quantize(8, axis=0)
+        small, x = jc.pack(p, {"w": draw(16, 8)}), draw(5, 16)
+        close(jc.lift(linear, activations="dynamic")(small, x), np.asarray(x) @ dense_of(small))
+
+
+CONVS = {
+    # u and v of the kernel, how the kernel lies, and how it is used.
+    "output": ((3, 3, 8, 2), (2, 8), "HWIO", {}),
+    "output, strided": ((3, 3, 8, 2), (2, 8), "HWIO", {"window_strides": (2, 1)}),
+    "output, grouped": ((3, 3, 2, 2), (2, 8), "HWIO", {"feature_group_count": 4}),
+    "output first": ((8, 2), (2, 8, 3, 3), "OIHW", {}),
+    "input": ((8, 2), (2, 8, 3, 3), "IOHW", {"padding": ((1, 0), (2, 1))}),
+    "input, dilated": ((8, 2), (2, 8, 3, 3), "IOHW", {"rhs_dilation": (2, 1)}),
+    "input, transposed": (
+        (8, 2),
+        (2, 8, 3, 3),
+        "IOHW",
+        {"lhs_dilation": (2, 2), "padding": ((1, 1), (2, 0))},
+    ),
+    "along": ((3, 2), (2, 3, 8, 8), "HWIO", {"window_strides": (2, 1)}),
+    "along, dilated": ((3, 2), (2, 3, 8, 8), "HWIO", {"rhs_dilation": (1, 2)}),
+}
+
+
+@pytest.mark.parametrize("case", CONVS)
+def test_thin_convolutions(case):
+    u, v, spec, options = CONVS[case]
+    options = {"window_strides": (1, 1), "padding": "VALID"} | options
+
+    def conv(params, x):
+        numbers = ("NHWC", spec, "NHWC")
+        return jax.lax.conv_general_dilated(x, params["w"], dimension_numbers=numbers, **options)
+
+    small, x = {"w": arrays.LowRank(draw(*u), draw(*v))}, draw(2, 8, 8, 8)
+    close(jax.jit(jc.lift(conv))(small, x), conv(jc.todense(small), x))
+    # Thinner for real, not made dense on the way.
+    assert str(jax.make_jaxpr(jc.lift(conv))(small, x)).count("conv_general_dilated") == 2
+
+
+def test_factors_that_do_not_split_the_kernel_are_refused():
+    def conv(params, x):
+        return jax.lax.conv(x, params["w"], (1, 1), "SAME")
+
+    small = {"w": arrays.LowRank(draw(8, 8, 2), draw(2, 3, 3))}
+    with pytest.raises(TypeError, match=r"lift: `params`.*`conv_general_dilated` of LowRank.*'w'"):
+        jc.lift(conv)(small, draw(2, 8, 6, 6))
+    allowed = jc.lift(conv, densify="allow")(small, draw(2, 8, 6, 6))
+    close(allowed, conv(jc.todense(small), draw(2, 8, 6, 6)))
+
+
+TABLES = {
+    "low rank": jc.low_rank(2),
+    "int8": jc.quantize(8),
+    "int4 groups": jc.quantize(4, group_size=4),
+    "zero point": jc.quantize(8, symmetric=False),
+    "2:4": jc.prune(nm=(2, 4)),
+    "sparse": jc.prune(0.6),
+    "codebook": jc.cluster(4),
+}
+
+
+@pytest.mark.parametrize("mode", ["fill", "clip", "wrap"])
+@pytest.mark.parametrize("kind", TABLES)
+def test_rows_of_tables(kind, mode):
+    small = jc.pack(TABLES[kind], {"w": draw(16, 8)})
+    indices = jnp.array([[0, 3, 15], [-1, 16, 99]])
+    fn = lambda p, i: jnp.take(p["w"], i, axis=0, mode=mode)  # noqa: E731
+    got, want = jc.lift(fn)(small, indices), fn(jc.todense(small), indices)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lookup_decodes_no_other_row():
+    small = jc.pack(jc.quantize(4, group_size=4), {"w": draw(512, 8)})
+    lookup = jax.jit(jc.lift(lambda p, i: p["w"][i]))
+    cost = lookup.lower(small, jnp.arange(3)).compile().cost_analysis()
+    assert cost["flops"] < 512 * 8
+
+
+CASES = {
+    "low rank": jc.low_rank(2),
+    "int8": jc.quantize(8),
+    "int4 groups": jc.quantize(4, group_size=4),
+    "2:4": jc.prune(nm=(2, 4)),
+    "sparse": jc.prune(0.6),
+    "codebook": jc.cluster(4),
+}
+kinds = pytest.mark.parametrize("kind", CASES)
+
+
+class TestTransformations:
+    @kinds
+    def test_jit_compiles_once(self, kind):
+        small = jc.pack(CASES[kind], {"w": draw(16, 8)})
+        run = jax.jit(jc.lift(linear))
+        run(small, draw(5, 16))
+        run(jax.tree.map(lambda x: x + x, small), draw(5, 16, seed=1))
+        assert run._cache_size() == 1
+
+    @kinds
+    def test_vmap_over_inputs_equals_a_loop(self, kind):
+        small, xs = jc.pack(CASES[kind], {"w": draw(16, 8)}), draw(3, 5, 16)
+        mapped = jax.vmap(jc.lift(linear), in_axes=(None, 0))(small, xs)
+        for x, y in zip(xs, mapped, strict=True):
+            close(y, jc.lift(linear)(small, x), 1e-6)
+
+    @kinds
+    def test_vmap_over_params_equals_a_loop(self, kind):
+        # The same structure with different values: scaled parts.
+        small, x = jc.pack(CASES[kind], {"w": draw(16, 8)}), draw(5, 16)
+
+        def scaled(c):
+            is_float = lambda part: jnp.issubdtype(part.dtype, jnp.floating)  # noqa: E731
+            return jax.tree.map(lambda part: part * c if is_float(part) else part, small)
+
+        run = lambda c: jc.lift(linear)(scaled(c), x)  # noqa: E731
+        grid = jnp.array([0.5, 1.0, 2.0])
+        for c, y in zip(grid, jax.jit(jax.vmap(run))(grid), strict=True):
+            close(y, run(c), 1e-6)
+
+    @kinds
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    def test_half_precision(self, kind, dtype):
+        small = jc.pack(CASES[kind], {"w": draw(16, 8).astype(dtype)})
+        x = draw(5, 16).astype(dtype)
+        y = jax.jit(jc.lift(linear))(small, x)
+        assert y.dtype == dtype
+        close(y, np.asarray(x, np.float64) @ dense_of(small), 4 * float(jnp.finfo(dtype).eps))
+
+    @kinds
+    def test_sharded_batch_stays_sharded(self, kind):
+        mesh = mesh_of("auto")
+        small = jc.pack(CASES[kind], {"w": draw(16, 8)})
+        x = jax.device_put(draw(8, 16), NamedSharding(mesh, P("d")))
+        y = jax.jit(jc.lift(linear))(small, x)
+        assert y.sharding.spec[0] == "d"
+        close(y, np.asarray(x) @ dense_of(small))
+
+    @pytest.mark.parametrize("kind", ["low rank", "int8", "codebook"])
+    def test_parts_are_trained(self, kind):
+        small, x = jc.pack(CASES[kind], {"w": draw(16, 8)}), draw(32, 16)
+        target = x @ draw(16, 8, seed=1)
+        loss = lambda p: jnp.mean(jnp.square(jc.lift(linear)(p, x) - target))  # noqa: E731
+        before = loss(small)
+        floats, rest = optax_floats(small)
+        optimizer = lenient(optax.adam(0.01))
+        state = optimizer.init(floats)
+
+        @jax.jit
+        def step(floats, state):
+            grads = jax.grad(lambda f: loss(joined(f, rest)))(floats)
+            updates, state = optimizer.update(grads, state)
+            return optax.apply_updates(floats, updates), state
+
+        for _ in range(20):
+            floats, state = step(floats, state)
+        assert loss(joined(floats, rest)) < 0.95 * before
+
+
+def optax_floats(params):
+    """The floating-point parts, and the others."""
+    leaves, treedef = jax.tree.flatten(params)
+    keep = [jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+    floats = [x for x, k in zip(leaves, keep, strict=True) if k]
+    return floats, (leaves, keep, treedef)
+
+
+def joined(floats, rest):
+    leaves, keep, treedef = rest
+    left = iter(floats)
+    return treedef.unflatten([next(left) if k else x for x, k in zip(leaves, keep, strict=True)])
+
+
+class TestNothingElseChanges:
+    def test_models_do_not_influence_each_other(self):
+        first = lambda p, x: jax.nn.relu(x @ p["w"])  # noqa: E731
+        second = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]  # noqa: E731
+        a = jc.pack(jc.low_rank(2), {"w": draw(16, 8)})
+        b = jc.pack(jc.quantize(4), {"w": draw(16, 16), "v": draw(16, 8)})
+        x, matmul, dot = draw(5, 16), jnp.matmul, jax.lax.dot_general
+        runs = {"a": lambda: jc.lift(first)(a, x), "b": lambda: jc.lift(second)(b, x)}
+        forwards = {name: runs[name]() for name in ("a", "b")}
+        jax.clear_caches()
+        backwards = {name: runs[name]() for name in ("b", "a")}
+        for name in runs:
+            np.testing.assert_array_equal(forwards[name], backwards[name])
+        assert jnp.matmul is matmul
+        assert jax.lax.dot_general is dot
+
+    def test_dense_model_beside_a_compressed_one(self):
+        params, x = {"w": draw(16, 8)}, draw(5, 16)
+        small = jc.pack(jc.low_rank(2), params)
+
+        @jax.jit
+        def both(small, params, x):
+            return jc.lift(linear)(small, x), linear(params, x), jc.lift(linear)(params, x)
+
+        lifted, dense, lifted_dense = both(small, params, x)
+        np.testing.assert_array_equal(dense, jax.jit(linear)(params, x))
+        np.testing.assert_array_equal(dense, lifted_dense)
+        assert np.abs(lifted - dense).max() > 0.1
+
+    def test_effects_randomness_and_static_arguments(self):
+        seen = []
+
+        def fn(params, x, key, mode, *, scale):
+            y = x @ params["w"]
+            jax.debug.callback(lambda y: seen.append(np.asarray(y)), y)
+            noise = jax.random.normal(key, y.shape)
+            return {"plus": y + scale * noise, "minus": y - scale * noise}[mode]
+
+        small, x, key = jc.pack(jc.quantize(8), {"w": draw(16, 8)}), draw(5, 16), jax.random.key(3)
+        run = jax.jit(jc.lift(fn), static_argnums=3)
+        y = run(small, x, key, "minus", scale=2.0)
+        jax.effects_barrier()
+        want = fn(jc.todense(small), x, key, "minus", scale=2.0)
+        close(y, want)
+        assert len(seen) == 2
+        close(seen[0], seen[1])
+
+    def test_donated_buffers_stay_donated(self):
+        fn = lambda p, x: x + x @ p["w"]  # noqa: E731
+        small, x = jc.pack(jc.low_rank(2), {"w": draw(8, 8)}), draw(4, 8)
+        outer = jax.jit(jc.lift(fn), donate_argnums=1).lower(small, x).as_text()
+        assert "tf.aliasing_output" in outer
+        inner = jax.jit(fn, donate_argnums=1)
+        text = str(jax.make_jaxpr(jc.lift(inner))(small, x))
+        assert "donated_invars=(False, False, True)" in text
+
+    def test_new_shapes_are_traced_anew(self):
+        small, run = jc.pack(jc.low_rank(2), {"w": draw(16, 8)}), jax.jit(jc.lift(linear))
+        assert run(small, draw(5, 16)).shape == (5, 8)
+        assert run(small, draw(2, 5, 16)).shape == (2, 5, 8)
+
+    def test_a_leaf_that_is_returned_comes_back_whole(self):
+        small = jc.pack(jc.low_rank(2), {"w": draw(16, 8)})
+        _, w = jc.lift(lambda p, x: (x @ p["w"], p["w"]))(small, draw(5, 16))
+        assert isinstance(w, arrays.LowRank)
+        np.testing.assert_array_equal(w.u, small["w"].u)
+
+
+class TestBadInput:
+    def test_no_rule_names_path_type_and_operation(self):
+        small = {"layer": jc.pack(jc.low_rank(2), {"w": draw(16, 8)})}
+        with pytest.raises(TypeError, match=r"lift: `params`.*`reduce_sum` of LowRank.*'layer/w'"):
+            jax.jit(jc.lift(lambda p: p["layer"]["w"].sum()))(small)
+
+    def test_no_rule_can_be_allowed(self):
+        small = jc.pack(jc.low_rank(2), {"w": draw(16, 8)})
+        total = jc.lift(lambda p: p["w"].sum(), densify="allow")(small)
+        close(total, dense_of(small).sum())
+
+    def test_two_compressed_operands_without_a_rule(self):
+        small = jc.pack(jc.low_rank(2), {"w": draw(16, 8), "v": draw(8, 4)})
+        with pytest.raises(TypeError, match=r"`dot_general` of LowRank"):
+            jc.lift(lambda p: p["w"] @ p["v"])(small)
+
+    def test_options(self):
+        with pytest.raises(ValueError, match=r"lift: `activations` must be 'float'"):
+            jc.lift(linear, activations="int8")
+        with pytest.raises(ValueError, match=r"lift: `densify` must be"):
+            jc.lift(linear, densify=True)
+        with pytest.raises(TypeError, match=r"lift: `fn` must be a function"):
+            jc.lift({"w": 1})
+
+    @pytest.mark.parametrize("shape", [(0, 8), (16, 0)])
+    def test_empty_leaves(self, shape):
+        small = {"w": arrays.LowRank(draw(shape[0], 2), draw(2, shape[1]))}
+        y = jc.lift(linear)(small, draw(5, shape[0]))
+        np.testing.assert_array_equal(y, np.zeros((5, shape[1])))
+
+    def test_nan_goes_through(self):
+        small = {"w": arrays.LowRank(draw(16, 2).at[0, 0].set(jnp.nan), draw(2, 8))}
+        assert np.isnan(jc.lift(linear)(small, draw(5, 16))).all()
