@@ -40,7 +40,8 @@ def histogram(*, bins: int = 2048) -> Observer:
         bins: static. An even number.
 
     Returns:
-        An `Observer` of `Histogram`s. Counts are exact up to 2^32 entries in a bin.
+        An `Observer` of `Histogram`s. Counts are exact up to 2^32 entries in a bin; subnormal
+        numbers may count as zeros.
 
     Raises:
         ValueError: `bins` is odd or not positive.
@@ -70,8 +71,9 @@ def histogram(*, bins: int = 2048) -> Observer:
         exponent = jnp.maximum(jnp.where(largest > 0, exponent, _LOWEST), _LOWEST)
         exponent = exponent.astype(jnp.int32)
         place = jnp.floor(jnp.ldexp(jnp.where(finite, x, 0.0), -exponent) * (bins // 2))
-        # A value just below zero may round up to the bin's end.
-        place = jnp.clip(place.astype(jnp.int32) + bins // 2, 0, bins - 1)
+        # A value just below zero may round up to the bin's end, or to zero.
+        top = jnp.where(x < 0, bins // 2 - 1, bins - 1)
+        place = jnp.clip(place.astype(jnp.int32) + bins // 2, 0, top)
         counts = jnp.zeros((bins,), jnp.uint32).at[place].add(finite.astype(jnp.uint32))
         seen = Histogram(
             counts,
@@ -135,7 +137,7 @@ def percentile_range(hist: Histogram, fraction: Numeric, *, symmetric: bool = Tr
     left_out = (1 - fraction) / 2 * total * (1 + 1e-6)
     first = jnp.argmax(jnp.cumsum(counts) > left_out)
     last = counts.shape[0] - 1 - jnp.argmax(jnp.cumsum(counts[::-1]) > left_out)
-    low, high = (first - half) * width, (last + 1 - half) * width
+    low, high = ((place - half).astype(jnp.float32) * width for place in (first, last + 1))
     return Range(jnp.maximum(low, hist.low), jnp.minimum(high, hist.high))
 
 
