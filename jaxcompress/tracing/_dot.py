@@ -151,7 +151,9 @@ def integer(x: jax.Array, weight: Quantized, dot: Dot, dtype: Any, step: jax.Arr
         step: :math:`\Delta_x`, of the rank of `x`, of size 1 along contracted axes.
     """
     codes, zero_point = _signed(weight)
-    q = jnp.clip(jnp.round(x.astype(jnp.float32) / step), -127, 127).astype(jnp.int8)
+    q = jnp.clip(jnp.round(x.astype(jnp.float32) * (1 / step)), -127, 127)
+    # By way of int32: on CPU a cast from float32 to int8 is slow.
+    q = q.astype(jnp.int32).astype(jnp.int8)
     total = plain(q, codes, dot, jnp.int32).astype(jnp.float32)
     if zero_point is not None:
         contracted = tuple(i for i, a in enumerate(dot.x) if a not in dot.out)
@@ -196,4 +198,4 @@ def per_token(x: jax.Array, dot: Dot) -> jax.Array:
     """The step that takes the largest entry of each row to 127; 1 for rows of zeros."""
     contracted = tuple(i for i, a in enumerate(dot.x) if a not in dot.out)
     largest = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=contracted, keepdims=True, initial=0.0)
-    return jnp.where(largest > 0, largest / 127, 1.0)
+    return jnp.where(largest == 0, 1.0, largest / 127)

@@ -50,7 +50,8 @@ def lift(
             do not differ along the contracted axes, activations are rounded to int8 with one
             step per token, :math:`\max|x| / 127`, and multiplied as integers, summed in
             int32; or static ranges by site name, as `jc.calibrate` gives them: one step,
-            :math:`\max(-low, high) / 127`, which may be traced.
+            :math:`\max(-low, high) / 127`, which may be traced. A token with a NaN becomes NaN;
+            with static ranges the NaN counts as zero.
         densify: static. `"allow"` makes leaves dense where there is no rule.
 
     Returns:

@@ -54,6 +54,13 @@ class TestIntegerProducts:
         rounded = np.clip(np.round(np.asarray(x) / step), -127, 127) * step
         close(jax.jit(lifted)(small, x), rounded @ dense_of(small), 1e-6)
 
+    def test_nan_stays_in_its_token(self):
+        small, x = jc.pack(jc.quantize(8), {"w": draw(16, 8)}), draw(5, 16)
+        y = jc.lift(linear, activations="dynamic")(small, x.at[2, 3].set(jnp.nan))
+        assert np.isnan(y[2]).all()
+        want = jc.lift(linear, activations="dynamic")(small, x)
+        np.testing.assert_array_equal(np.delete(y, 2, 0), np.delete(want, 2, 0))
+
     def test_static_equals_numpy(self):
         small, x = jc.pack(jc.quantize(8), {"w": draw(16, 8)}), draw(5, 16)
         stats = jc.calibrate(jc.lift(linear), small, [x])
