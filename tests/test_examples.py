@@ -1,4 +1,4 @@
-"""The notebook and the quickstart run, and the README's table is what the quickstart wrote."""
+"""The notebook and the examples run, and the README's table is what the quickstart wrote."""
 
 import copy
 import json
@@ -141,6 +141,32 @@ def quickstart(tmp_path_factory):
     assert done.returncode == 0, done.stderr
     assert not done.stderr, f"a reader would see {done.stderr}"
     return out, done.stdout
+
+
+def test_tracing_example():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "tracing.py"), "--steps", "40"],
+        capture_output=True,
+        encoding="utf-8",
+        env=user_environment(),
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, f"a reader would see {done.stderr}"
+    rows = [
+        [cell.strip() for cell in re.split("[│]", line)[1:-1]]
+        for line in done.stdout.splitlines()
+        if line.startswith("│")
+    ]
+    assert [row[0] for row in rows[:3]] == ["inputs", "layers", "head"]
+    ways = {row[0]: row for row in rows[3:]}
+    assert len(ways) == 6
+    accuracy = {name: float(row[1].rstrip("%")) for name, row in ways.items()}
+    assert accuracy["float32"] > 60
+    assert abs(accuracy["int8, integer products"] - accuracy["float32"]) < 3
+    size = {name: int(row[2].replace(",", "")) for name, row in ways.items()}
+    assert size["int8"] < 0.27 * size["float32"]
 
 
 def results_of(out: pathlib.Path) -> dict:
