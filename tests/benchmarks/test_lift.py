@@ -53,7 +53,7 @@ def test_linear_layer(benchmark, case):
     assert error < (2e-2 if activations == "dynamic" else 1e-5)
 
     calls = {"lifted": lambda: lifted(small, x), "float32": lambda: dense(params, x)}
-    times = paired(calls, 31)
+    times = paired(calls, 61)
     faster = median_ratio(times, "float32", "lifted")
     benchmark.extra_info.update(
         {f"{name}_ms": 1e3 * statistics.median(t) for name, t in times.items()},
