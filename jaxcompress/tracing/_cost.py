@@ -132,7 +132,8 @@ def cost(
     used: dict[str, list[Step]] = {path: [] for path, _ in leaves}
     for step in steps:
         origins = [step.origins[i] for i in OPS.get(step.eqn.primitive.name, ())]
-        paths = {origin.path for origin in origins if origin} | parts[step.location]
+        paths = {path for origin in origins if origin for path in origin.paths}
+        paths |= parts[step.location]
         for path in paths:
             used[path].append(step)
     return Cost(

@@ -49,9 +49,9 @@ def lift(
         activations: static. `"float"`; `"dynamic"`: at sites with int8 codes and scales that
             do not differ along the contracted axes, activations are rounded to int8 with one
             step per token, :math:`\max|x| / 127`, and multiplied as integers, summed in
-            int32; or static ranges by site name, as `jc.calibrate` gives them: one step,
-            :math:`\max(-low, high) / 127`, which may be traced. A token with a NaN becomes NaN;
-            with static ranges the NaN counts as zero.
+            int32; or static ranges by site name, as `jc.calibrate(fn, jc.todense(params), …)` gives
+            them: one step, :math:`\max(-low, high) / 127` over all features, which may be
+            traced. A token with a NaN becomes NaN; with static ranges the NaN counts as zero.
         densify: static. `"allow"` makes leaves dense where there is no rule.
 
     Returns:
@@ -141,12 +141,12 @@ def _step_of(activations: Any, site: Site | None, given: Mapping[str, Any]) -> S
                     "activations",
                     "have a range for each site with integer products",
                     f"none for {'an unnamed site' if site is None else repr(site.name)}",
-                    "Pass what jc.calibrate returned for this function, or 'dynamic'.",
+                    "Pass what jc.calibrate(fn, jc.todense(params), …) returned, or 'dynamic'.",
                 )
             )
         span = given[site.name]
-        step = jnp.maximum(jnp.maximum(-span.low, span.high).astype(jnp.float32), 0.0) / 127
-        return jnp.where(step > 0, step, 1.0).reshape((1,) * x.ndim)
+        largest = jnp.max(jnp.maximum(-span.low, span.high).astype(jnp.float32), initial=0.0)
+        return jnp.where(largest == 0, 1.0, largest / 127).reshape((1,) * x.ndim)
 
     return static
 

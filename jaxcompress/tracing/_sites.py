@@ -24,7 +24,8 @@ class Site(NamedTuple):
 
     Attributes:
         name: the path; `path:1`, `path:2`, … for further sites of the same leaf.
-        path: of the leaf, as in `jaxcompress.tree`.
+        path: of the leaf, as in `jaxcompress.tree`; of leaves that were concatenated (the gates
+            of an LSTM) all paths, joined by `" + "`.
         op: the primitive: `dot_general`, `conv_general_dilated`, `gather`, `ragged_dot_general`.
         weight: dtype and shape of the weight as the equation gets it, as `float32[8, 4]`.
         inputs: those of the other operand: the activations, or the indices.

@@ -16,15 +16,20 @@ VIEWS = frozenset(
 
 
 class Origin(NamedTuple):
-    """The parameter that a variable is a view of.
+    """The parameter that a variable is a view of, or several that were concatenated.
 
     Attributes:
-        path: of the leaf.
+        paths: of the leaves.
         stack: locations of the scans that give one slice of the leaf to each trip.
     """
 
-    path: str
+    paths: tuple[str, ...]
     stack: tuple[Location, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """All paths as one name."""
+        return " + ".join(self.paths)
 
 
 class Step(NamedTuple):
@@ -68,7 +73,7 @@ def walk(jaxpr: Any, paths: Sequence[str | None]) -> list[Step]:
         paths: for each invar the path of the parameter leaf that it is, or None.
     """
     steps: list[Step] = []
-    origins = [None if path is None else Origin(path) for path in paths]
+    origins = [None if path is None else Origin((path,)) for path in paths]
     _walk(jaxpr, origins, _Around(), steps)
     return steps
 
@@ -100,8 +105,16 @@ def _viewed(eqn, given) -> list[Origin | None]:
     if name == "optimization_barrier":
         return list(given)
     if name == "concatenate":
-        return [given[0] if len(set(given)) == 1 else None]
+        return [_concatenated(given)]
     return [given[0]] * len(eqn.outvars)
+
+
+def _concatenated(given: Sequence[Origin | None]) -> Origin | None:
+    """Leaves side by side, as the kernels of the gates of an LSTM; None if not all are leaves."""
+    known = [origin for origin in given if origin is not None]
+    if len(known) < len(given) or len({origin.stack for origin in known}) > 1:
+        return None
+    return Origin(tuple(dict.fromkeys(p for o in known for p in o.paths)), known[0].stack)
 
 
 def _enter(inside: list[Body], given, location, scope, around, steps) -> list[Origin | None]:

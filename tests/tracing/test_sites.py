@@ -1,12 +1,14 @@
 """Which equation uses which leaf."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxcompress as jc
+from tests.tracing.models import MODELS
 
 
 def found(fn, params, *args):
@@ -39,6 +41,23 @@ def test_views_are_followed(view):
 def test_what_is_computed_of_a_leaf_is_no_leaf():
     assert found(lambda p, x: x @ (p["w"] * 2), {"w": W}, X) == []
     assert found(lambda p, x: x @ jnp.concatenate([p["w"], p["w"]], 1)[:, :4], {"w": W}, X) != []
+
+
+def test_concatenated_leaves_are_one_site():
+    def fn(p, x):
+        gates = jnp.concatenate([p["i"], p["f"]], axis=1)
+        return jax.lax.scan(lambda h, x: (jnp.tanh(x @ gates)[:, :4], None), x[0, :, :4], x)[0]
+
+    params = {"i": W, "f": W, "o": jnp.ones((8, 2))}
+    x = jnp.ones((5, 3, 8))
+    assert found(fn, params, x) == [("i + f", "dot_general", "float32[8, 8]")]
+    (stats,) = jc.calibrate(fn, params, [x], gram=True).values()
+    assert stats.gram.count == 15
+    rows = jc.cost(fn, params, x).rows
+    assert [row.path for row in rows] == ["f", "i"]
+    assert {row.flops for row in rows} == {5 * 2 * 3 * 8 * 8}
+    half = lambda p, x: x @ jnp.concatenate([p["i"], 2 * p["f"]], axis=1)  # noqa: E731
+    assert found(half, params, x) == []
 
 
 def test_every_operation():
@@ -138,6 +157,19 @@ def test_shapes_are_enough():
     assert found(lambda p, x: x @ p["w"], shapes, jax.ShapeDtypeStruct((3, 8), jnp.float32)) == [
         ("w", "dot_general", "float32[8, 4]")
     ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kernel_of_the_held_out_models_has_a_site(name):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        model = MODELS[name]()
+        sites = jc.sites(model.apply, model.params, *model.args)
+    kernels = {
+        path
+        for path, x in jc.tree.leaves_with_paths(model.params)
+        if jc.tree.is_weight(path, x) and not re.search("bias|scale", path)
+    }
+    assert {path for site in sites for path in site.path.split(" + ")} == kernels
 
 
 def test_not_a_function():
