@@ -28,6 +28,7 @@ from jaxcompress.factorization import low_rank as low_rank
 from jaxcompress.factorization import low_rank_factors as low_rank_factors
 from jaxcompress.projections import Projection as Projection
 from jaxcompress.projections import Reparametrization as Reparametrization
+from jaxcompress.projections import alternated as alternated
 from jaxcompress.projections import batch_axes as batch_axes
 from jaxcompress.projections import chain as chain
 from jaxcompress.projections import compress as compress
@@ -40,6 +41,7 @@ from jaxcompress.projections import project_params as project_params
 from jaxcompress.projections import projected as projected
 from jaxcompress.projections import relaxed as relaxed
 from jaxcompress.projections import reparametrized as reparametrized
+from jaxcompress.projections import restricted as restricted
 from jaxcompress.projections import scheduled as scheduled
 from jaxcompress.projections import straight_through as straight_through
 from jaxcompress.projections import structure as structure

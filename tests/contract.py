@@ -87,6 +87,11 @@ PROJECTIONS = {
         {"sparsity": [0.25, 0.75]},
         ("every",),
     ),
+    "alternated": Row(
+        lambda sparsity=0.5: jc.alternated(jc.prune(sparsity), 2, 1, begin=0, end=4),
+        {"sparsity": [0.25, 0.75]},
+        ("alternated",),
+    ),
     "scheduled": Row(
         lambda final=0.9: jc.scheduled(jc.prune)(jc.schedules.cubic(0.5, final, 0, 4)),
         {"final": [0.6, 0.9]},
@@ -146,6 +151,18 @@ TRANSFORMATIONS = {
         lambda bits=4: jc.straight_through(_inner(), jc.quantize(bits)),
         {"bits": [2, 8]},
         ("straight_through",),
+        tolerance=1e-5,
+    ),
+    "straight_through_decay": Row(
+        lambda sparsity=0.5, decay=0.1: jc.straight_through(_inner(), jc.prune(sparsity), decay),
+        {"sparsity": [0.25, 0.75], "decay": [0.0, 0.2]},
+        ("straight_through",),
+        tolerance=1e-5,
+    ),
+    "restricted": Row(
+        lambda sparsity=0.5: jc.restricted(_inner(), jc.every(2, jc.prune(sparsity))),
+        {"sparsity": [0.25, 0.75]},
+        ("restricted",),
         tolerance=1e-5,
     ),
     "straight_through_chain": Row(

@@ -1,5 +1,6 @@
 """Projections, their combinators, and their uses in Optax: the core of the library."""
 
+from jaxcompress.projections._alternate import alternated as alternated
 from jaxcompress.projections._base import Projection as Projection
 from jaxcompress.projections._base import of_leaves as of_leaves
 from jaxcompress.projections._combine import Chained as Chained
@@ -21,6 +22,8 @@ from jaxcompress.projections._read import structure as structure
 from jaxcompress.projections._reparametrize import Reparametrization as Reparametrization
 from jaxcompress.projections._reparametrize import ReparametrizedState as ReparametrizedState
 from jaxcompress.projections._reparametrize import reparametrized as reparametrized
+from jaxcompress.projections._restrict import RestrictedState as RestrictedState
+from jaxcompress.projections._restrict import restricted as restricted
 from jaxcompress.projections._time import Relaxed as Relaxed
 from jaxcompress.projections._time import Scheduled as Scheduled
 from jaxcompress.projections._time import Timed as Timed

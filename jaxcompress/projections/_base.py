@@ -24,8 +24,8 @@ class Projection(NamedTuple):
     Attributes:
         find: `(params, *, previous=None, grads=None, step=0) -> structure`, the expensive
             part: ranks weights, fits scales, takes an SVD. `previous` is the structure held
-            so far, `grads` the raw gradients where the adapter has them, `step` the
-            adapter's count of applied updates.
+            so far, `grads` the raw gradients where the adapter has them (zeros at its `init`),
+            `step` the adapter's count of applied updates.
         project: `(params, structure) -> params`, the cheap part.
         pack: `(params, structure) -> params` with compressed leaves. Runs eagerly.
         kept: `(params, structure) -> tree` of `bool` arrays (or `True`): the entries that the
@@ -35,6 +35,12 @@ class Projection(NamedTuple):
             already is. Only `masked` and `partition` read it: the library's own projections
             keep to floating-point leaves of two or more dimensions until one of those two
             says otherwise.
+        observe: `(params, structure, *, grads=None, step=0) -> structure`, what the adapters run
+            at every applied update before `find`, also while `every` holds the structure.
+            `params` and `grads` are those before the update. It gathers what a later `find`
+            reads from `previous`. None gathers nothing.
+        from_zero: static. Whether an entry that comes back after it was dropped starts from
+            zero in `project_params` and `projected`. Otherwise it starts from its update.
 
     Examples:
         A projection of your own, which rounds to one decimal:
@@ -53,9 +59,16 @@ class Projection(NamedTuple):
     pack: Callable[[PyTree, PyTree], PyTree]
     kept: Callable[[PyTree, PyTree], PyTree] | None = None
     everywhere: "Projection | None" = None
+    observe: Callable[..., PyTree] | None = None
+    from_zero: bool = False
 
 
-def of_leaves(find: Callable[..., PyTree]) -> Projection:
+def of_leaves(
+    find: Callable[..., PyTree],
+    observe: Callable[..., PyTree] | None = None,
+    *,
+    from_zero: bool = False,
+) -> Projection:
     """A projection whose structure is a dict from a leaf's path to what was found for it.
 
     The dict is flat, whatever holds the params, so that a structure never lies inside of a
@@ -66,6 +79,8 @@ def of_leaves(find: Callable[..., PyTree]) -> Projection:
             (and taking as `previous`) their tree with a registered dataclass at each leaf,
             which has `project(w) -> w`, `pack(w, path)`, and a field `keep` where it drops
             entries.
+        observe: as in `Projection`, on the same trees.
+        from_zero: as in `Projection`.
     """
 
     def find_flat(params, *, previous=None, grads=None, step=0):
@@ -81,7 +96,19 @@ def of_leaves(find: Callable[..., PyTree]) -> Projection:
         held = _unflat(params, structure)
         return jax.tree.map(lambda w, s: getattr(s, "keep", True), params, held)
 
-    raw = Projection(find_flat, project, pack_leaves, kept)
+    def observe_flat(params, structure, *, grads=None, step=0):
+        seen = observe(params, _unflat(params, structure), grads=grads, step=step)  # pyright: ignore[reportOptionalCall]
+        paths, treedef = _paths(params)
+        return dict(zip(paths, treedef.flatten_up_to(seen), strict=True))
+
+    raw = Projection(
+        find_flat,
+        project,
+        pack_leaves,
+        kept,
+        observe=None if observe is None else observe_flat,
+        from_zero=from_zero,
+    )
     return choose(raw, tree.is_weight, function="find")._replace(everywhere=raw)
 
 
@@ -125,7 +152,14 @@ def choose(projection: Projection, where: tree.Where, *, function: str = "masked
         nothing = tree.map_with_path(lambda _, w: True, params)
         return show(nothing, kept_by(projection, hide(params, mask), structure))
 
-    return Projection(find, project, pack, kept)
+    def observe(params, structure, *, grads=None, step=0):
+        mask = chosen(params)
+        hidden_grads = None if grads is None else hide(grads, mask)
+        return observed(projection, hide(params, mask), structure, hidden_grads, step)
+
+    return Projection(find, project, pack, kept)._replace(
+        observe=None if projection.observe is None else observe, from_zero=projection.from_zero
+    )
 
 
 def kept_by(projection: Projection, params: PyTree, structure: PyTree) -> PyTree:
@@ -133,6 +167,15 @@ def kept_by(projection: Projection, params: PyTree, structure: PyTree) -> PyTree
     if projection.kept is None:
         return tree.map_with_path(lambda _, w: True, params)
     return projection.kept(params, structure)
+
+
+def observed(
+    projection: Projection, params: PyTree, structure: PyTree, grads: PyTree, step: Any
+) -> PyTree:
+    """The structure after one more update: itself for a projection that gathers nothing."""
+    if projection.observe is None:
+        return structure
+    return projection.observe(params, structure, grads=grads, step=step)
 
 
 def is_masked_node(x: Any) -> bool:

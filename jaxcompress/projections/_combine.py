@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxcompress import _check, tree
 from jaxcompress._types import PyTree
-from jaxcompress.projections._base import Projection, choose, hide, kept_by, show
+from jaxcompress.projections._base import Projection, choose, hide, kept_by, observed, show
 
 
 class Chained(NamedTuple):
@@ -75,10 +75,17 @@ def chain(*projections: Projection) -> Projection:
             params,
         )
 
+    def observe(params, structure, *, grads=None, step=0):
+        pairs = zip(projections, structure.parts, strict=True)
+        return Chained(tuple(observed(p, params, part, grads, step) for p, part in pairs))
+
     everywhere = None
     if any(p.everywhere is not None for p in projections):
         everywhere = chain(*(p.everywhere or p for p in projections))
-    return Projection(find, project, pack, kept, everywhere)
+    return Projection(find, project, pack, kept, everywhere)._replace(
+        observe=observe if any(p.observe for p in projections) else None,
+        from_zero=any(p.from_zero for p in projections),
+    )
 
 
 def masked(projection: Projection, where: tree.Where) -> Projection:
@@ -194,7 +201,20 @@ def partition(
             out = show(out, kept_by(members[label], hide(params, mask), structure.parts[label]))
         return out
 
-    return Projection(find, project, pack, kept)
+    def observe(params, structure, *, grads=None, step=0):
+        parts = {}
+        for label, mask in masks(params).items():
+            hidden_grads = None if grads is None else hide(grads, mask)
+            hidden = hide(params, mask)
+            parts[label] = observed(
+                members[label], hidden, structure.parts[label], hidden_grads, step
+            )
+        return Partitioned(parts)
+
+    return Projection(find, project, pack, kept)._replace(
+        observe=observe if any(p.observe for p in members.values()) else None,
+        from_zero=any(p.from_zero for p in members.values()),
+    )
 
 
 def _all_kept(trees: list[PyTree], params: PyTree) -> PyTree:

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress import _check
-from jaxcompress._types import PyTree
+from jaxcompress._types import Numeric, PyTree
 from jaxcompress.projections import _moments
-from jaxcompress.projections._base import Projection, kept_by
+from jaxcompress.projections._base import Projection, kept_by, observed
 from jaxcompress.projections._combine import _require_projection
-from jaxcompress.projections._land import apply, land, land_where_moved
+from jaxcompress.projections._land import apply, land, land_where_moved, wide
+from jaxcompress.projections._time import number_at
 
 
 class ProjectState(NamedTuple):
@@ -73,15 +74,16 @@ def project_params(projection: Projection) -> optax.GradientTransformationExtraA
     _require_projection("project_params", projection)
 
     def init(params):
-        return ProjectState(_zero(), projection.find(params, step=_zero()))
+        return ProjectState(_zero(), _first(projection, params))
 
     def update(updates, state, params=None, **extra):
         _require_params("project_params", params)
-        moved = apply(params, updates)
-        structure = projection.find(
-            moved, previous=state.structure, grads=extra.get("grads"), step=state.step
-        )
+        moved, grads = apply(params, updates), extra.get("grads")
+        previous = observed(projection, params, state.structure, grads, state.step)
+        structure = projection.find(moved, previous=previous, grads=grads, step=state.step)
         target = projection.project(moved, structure)
+        if projection.from_zero:
+            target = _moments.clear(target, params, _alive(projection, params, structure, state))
         return land_where_moved(params, target, moved, updates), ProjectState(
             state.step + 1, structure
         )
@@ -126,7 +128,7 @@ def projected(
     inner_optimizer = _optimizer("projected", optimizer)
 
     def init(params):
-        structure = projection.find(params, step=_zero())
+        structure = _first(projection, params)
         return ProjectedState(_zero(), inner_optimizer.init(params), structure)
 
     def update(updates, state, params=None, **extra):
@@ -136,13 +138,12 @@ def projected(
 
         def applied():
             moved = apply(params, updates)
-            structure = projection.find(
-                moved, previous=state.structure, grads=grads, step=state.step
-            )
+            previous = observed(projection, params, state.structure, grads, state.step)
+            structure = projection.find(moved, previous=previous, grads=grads, step=state.step)
             target = projection.project(moved, structure)
-            alive = _moments.alive(
-                kept_by(projection, params, structure), kept_by(projection, params, state.structure)
-            )
+            alive = _alive(projection, params, structure, state)
+            if projection.from_zero:
+                target = _moments.clear(target, params, alive)
             landed = land_where_moved(params, target, moved, updates)
             cleared = _moments.clear(inner, params, alive)
             return landed, ProjectedState(state.step + 1, cleared, structure)
@@ -153,11 +154,12 @@ def projected(
 
 
 def straight_through(
-    optimizer: optax.GradientTransformation, projection: Projection
+    optimizer: optax.GradientTransformation, projection: Projection, decay: Numeric = 0.0
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains dense latent weights behind parameters that are always projected.
 
-    .. math:: v_{t+1} = v_t + \mathrm{opt}(\nabla L(w_t)), \qquad w_{t+1} = P(v_{t+1})
+    .. math:: v_{t+1} = v_t + \mathrm{opt}(\nabla L(w_t) + \lambda\,(v_t - w_t)), \qquad
+        w_{t+1} = P(v_{t+1})
 
     The gradient is taken at the projected parameters and applied to the latent ones: the
     straight-through estimator, with no change to the model or to the training loop.
@@ -165,6 +167,9 @@ def straight_through(
     Args:
         optimizer: any Optax optimizer. It sees the latent weights as its `params`.
         projection: what to project on; it ranks and fits on the latent weights.
+        decay: :math:`\lambda`, pulls the latent weights towards the projected ones. For a mask
+            that is a decay of the dropped weights alone: SR-STE. A number or an Optax schedule
+            of the step; may be traced. A Python 0 costs nothing.
 
     Returns:
         A transformation with the state `StraightThroughState(step, inner, latent,
@@ -186,26 +191,29 @@ def straight_through(
         (Array([0.9, 0. ], dtype=float32), Array([0.9, 0.3], dtype=float32))
 
     Source: Bengio et al. 2013, arXiv:1308.3432; latent weights as in Courbariaux et al.
-    2015, arXiv:1511.00363.
+    2015, arXiv:1511.00363; the decay from Zhou et al. 2021, arXiv:2102.04010, equation 8.
     """
     _require_projection("straight_through", projection)
+    _check.number("straight_through", "decay", decay, 0)
+    decays = callable(decay) or _check.is_traced(decay) or decay != 0
     inner_optimizer = _optimizer("straight_through", optimizer)
 
     def init(params):
-        structure = projection.find(params, step=_zero())
+        structure = _first(projection, params)
         latent = jax.tree.map(jnp.asarray, params)
         return StraightThroughState(_zero(), inner_optimizer.init(params), latent, structure)
 
     def update(updates, state, params=None, **extra):
         _require_params("straight_through", params)
         grads = extra.get("grads", updates)
+        if decays:
+            updates = _pulled(updates, state.latent, params, number_at(decay, state.step))
         updates, inner = inner_optimizer.update(updates, state.inner, state.latent, **extra)
 
         def applied():
             latent = apply(state.latent, updates)
-            structure = projection.find(
-                latent, previous=state.structure, grads=grads, step=state.step
-            )
+            previous = observed(projection, state.latent, state.structure, grads, state.step)
+            structure = projection.find(latent, previous=previous, grads=grads, step=state.step)
             target = projection.project(latent, structure)
             landed = land(params, target)
             return landed, StraightThroughState(state.step + 1, inner, latent, structure)
@@ -213,6 +221,27 @@ def straight_through(
         return _when_applied(state.inner, inner, params, updates, applied, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _first(projection: Projection, params: PyTree) -> PyTree:
+    """The structure before any update. There is no gradient yet: as if it were zero."""
+    return projection.find(params, grads=jax.tree.map(jnp.zeros_like, params), step=_zero())
+
+
+def _alive(projection: Projection, params: PyTree, structure: PyTree, state: Any) -> PyTree:
+    now = kept_by(projection, params, structure)
+    return _moments.alive(now, kept_by(projection, params, state.structure))
+
+
+def _pulled(updates: PyTree, latent: PyTree, params: PyTree, strength: jax.Array) -> PyTree:
+    def leaf(u, v, w):
+        if u is None:
+            return None
+        common = wide(u.dtype)
+        gap = v.astype(common) - w.astype(common)
+        return (u.astype(common) + strength.astype(common) * gap).astype(u.dtype)
+
+    return jax.tree.map(leaf, updates, latent, params, is_leaf=lambda x: x is None)
 
 
 def _when_applied(

@@ -18,6 +18,7 @@ from jaxcompress.projections._base import (
 from jaxcompress.projections._combine import Chained, Partitioned, _require_projection
 from jaxcompress.projections._optax import ProjectedState, ProjectState, StraightThroughState
 from jaxcompress.projections._reparametrize import ReparametrizedState
+from jaxcompress.projections._restrict import RestrictedState
 from jaxcompress.projections._time import Relaxed, Scheduled, Timed, require_hard
 
 _ADAPTERS = (ProjectState, ProjectedState, StraightThroughState, ReparametrizedState)
@@ -197,7 +198,8 @@ def batch_axes(opt_state: PyTree) -> PyTree:
         >>> step(grid, states, grid)[1].step
         Array(1, dtype=int32)
     """
-    has_clock = lambda x: isinstance(x, (*_ADAPTERS, optax.MultiStepsState))  # noqa: E731
+    clocked = (*_ADAPTERS, RestrictedState, optax.MultiStepsState)
+    has_clock = lambda x: isinstance(x, clocked)  # noqa: E731
     clocks = ("step", "mini_step", "gradient_step")
 
     def axes(node):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxcompress import _check
 from jaxcompress._types import Numeric, PyTree
-from jaxcompress.projections._base import Projection, kept_by
+from jaxcompress.projections._base import Projection, kept_by, observed
 from jaxcompress.projections._combine import _require_projection
 
 
@@ -98,6 +98,22 @@ def every(
         )
         return Timed(previous.active | due, inner)
 
+    return timed(projection, find, lambda everywhere: every(steps, everywhere, begin, end))
+
+
+def timed(
+    projection: Projection,
+    find: Callable[..., Timed],
+    again: Callable[[Projection], Projection],
+) -> Projection:
+    """`projection` where the `Timed` that `find` returns is active, and nothing elsewhere.
+
+    Args:
+        projection: the one inside.
+        find: as in `Projection`.
+        again: the same combinator, for the projection on every leaf.
+    """
+
     def project(params, structure):
         projected = projection.project(params, structure.inner)
         return _blend(lambda new, old: jnp.where(structure.active, new, old), projected, params)
@@ -109,10 +125,8 @@ def every(
         inner = kept_by(projection, params, structure.inner)
         return jax.tree.map(lambda k: k if k is True else k | ~structure.active, inner)
 
-    everywhere = None
-    if projection.everywhere is not None:
-        everywhere = every(steps, projection.everywhere, begin, end)
-    return Projection(find, project, pack, kept, everywhere)
+    everywhere = None if projection.everywhere is None else again(projection.everywhere)
+    return _with_inner(Projection(find, project, pack, kept, everywhere), projection)
 
 
 def relaxed(projection: Projection, strength: Numeric) -> Projection:
@@ -173,7 +187,7 @@ def relaxed(projection: Projection, strength: Numeric) -> Projection:
     everywhere = None
     if projection.everywhere is not None:
         everywhere = relaxed(projection.everywhere, strength)
-    return Projection(find, project, pack, kept, everywhere)
+    return _with_inner(Projection(find, project, pack, kept, everywhere), projection)
 
 
 def require_hard(structure: Relaxed) -> None:
@@ -268,8 +282,27 @@ def _scheduled(factory, numbers: dict[str, Numeric], static: dict[str, Any], eve
     def kept(params, structure):
         return kept_by(at(structure.hyperparams), params, structure.inner)
 
+    def observe(params, structure, *, grads=None, step=0):
+        inner = observed(at(structure.hyperparams), params, structure.inner, grads, step)
+        return structure._replace(inner=inner)
+
     other = None if everywhere else _scheduled(factory, numbers, static, everywhere=True)
-    return Projection(find, project, pack, kept, other)
+    member = at({name: number_at(value, 0) for name, value in numbers.items()})
+    return Projection(find, project, pack, kept, other)._replace(
+        observe=None if member.observe is None else observe, from_zero=member.from_zero
+    )
+
+
+def _with_inner(outer: Projection, projection: Projection) -> Projection:
+    """`outer`, whose structure holds `inner`, gathers what `projection` does."""
+
+    def observe(params, structure, *, grads=None, step=0):
+        inner = observed(projection, params, structure.inner, grads, step)
+        return structure._replace(inner=inner)
+
+    return outer._replace(
+        observe=None if projection.observe is None else observe, from_zero=projection.from_zero
+    )
 
 
 def _blend(f, projected: PyTree, params: PyTree) -> PyTree:
