@@ -28,6 +28,15 @@ class Row(NamedTuple):
     idempotent: bool = True
 
 
+def _with_gradients(p):
+    """`p` where the contract has none to give: the params themselves."""
+
+    def find(params, *, previous=None, grads=None, step=0):
+        return p.find(params, previous=previous, grads=params, step=step)
+
+    return p._replace(find=find)
+
+
 PROJECTIONS = {
     "prune": Row(
         lambda sparsity=0.6: jc.prune(sparsity), {"sparsity": [0.0, 0.3, 1.0]}, ("prune",)
@@ -36,6 +45,50 @@ PROJECTIONS = {
         lambda sparsity=0.6: jc.prune(sparsity, scope="global"),
         {"sparsity": [0.1, 0.8]},
         ("prune",),
+    ),
+    "prune_blocks": Row(
+        lambda sparsity=0.6: jc.prune(sparsity, groups=jc.pruning.blocks(3, 3)),
+        {"sparsity": [0.1, 0.8]},
+        ("prune",),
+    ),
+    "prune_channels": Row(
+        lambda sparsity=0.5, floor=0.2: jc.prune(
+            sparsity, groups=jc.pruning.slices(-1), scope="global", floor=floor
+        ),
+        {"sparsity": [0.25, 0.75], "floor": [0.0, 0.25]},
+        ("prune",),
+    ),
+    "prune_outputs": Row(
+        lambda sparsity=0.6: jc.prune(sparsity, scope=-1), {"sparsity": [0.1, 0.8]}, ("prune",)
+    ),
+    "prune_budget": Row(
+        lambda sparsity=0.6: jc.prune(sparsity, budget=jc.pruning.erdos_renyi()),
+        {"sparsity": [0.1, 0.8]},
+        ("prune",),
+    ),
+    "prune_lamp": Row(
+        lambda sparsity=0.6: jc.prune(sparsity, score=jc.pruning.lamp, scope="global"),
+        {"sparsity": [0.1, 0.8]},
+        ("prune",),
+    ),
+    "prune_random": Row(
+        lambda sparsity=0.6: jc.prune(sparsity, score=jc.pruning.random(jax.random.key(0))),
+        {"sparsity": [0.1, 0.8]},
+        ("prune",),
+    ),
+    "rigl": Row(
+        lambda sparsity=0.6: _with_gradients(
+            jc.pruning.rigl(sparsity, 0.5, key=jax.random.key(0), initial=jc.pruning.magnitude)
+        ),
+        {"sparsity": [0.1, 0.8]},
+        ("rigl",),
+    ),
+    "sparse_evolution": Row(
+        lambda sparsity=0.6, drop=0.5: jc.pruning.sparse_evolution(
+            sparsity, drop, key=jax.random.key(0)
+        ),
+        {"sparsity": [0.1, 0.8], "drop": [0.0, 1.0]},
+        ("sparse_evolution",),
     ),
     "prune_nm": Row(lambda: jc.prune(nm=(2, 4)), {}, ("prune",)),
     "quantize": Row(lambda bits=4: jc.quantize(bits), {"bits": [1, 3, 8]}, ("quantize",)),
@@ -146,6 +199,28 @@ TRANSFORMATIONS = {
         {"rank": [1, 3]},
         ("projected",),
         tolerance=1e-4,
+    ),
+    "projected_rigl": Row(
+        lambda sparsity=0.5, drop=0.5: jc.projected(
+            _inner(), jc.every(2, jc.pruning.rigl(sparsity, drop, key=jax.random.key(0)))
+        ),
+        {"sparsity": [0.25, 0.75], "drop": [0.2, 0.6]},
+        ("projected", "rigl"),
+        tolerance=1e-5,
+    ),
+    "projected_movement": Row(
+        lambda sparsity=0.5: jc.projected(
+            _inner(), jc.every(2, jc.prune(sparsity, score=jc.pruning.movement()))
+        ),
+        {"sparsity": [0.25, 0.75]},
+        ("projected", "prune"),
+        tolerance=1e-5,
+    ),
+    "top_kast": Row(
+        lambda forward=0.75, backward=0.5: jc.pruning.top_kast(_inner(), forward, backward),
+        {"forward": [0.6, 0.8], "backward": [0.25, 0.5]},
+        ("top_kast",),
+        tolerance=1e-5,
     ),
     "straight_through": Row(
         lambda bits=4: jc.straight_through(_inner(), jc.quantize(bits)),

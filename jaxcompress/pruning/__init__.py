@@ -1,7 +1,33 @@
 """Pruning: which weights live."""
 
+from jaxcompress.pruning._budgets import Budget as Budget
+from jaxcompress.pruning._budgets import cost_weighted as cost_weighted
+from jaxcompress.pruning._budgets import erdos_renyi as erdos_renyi
+from jaxcompress.pruning._budgets import uniform as uniform
+from jaxcompress.pruning._dynamic import rigl as rigl
+from jaxcompress.pruning._dynamic import sparse_evolution as sparse_evolution
+from jaxcompress.pruning._groups import Groups as Groups
+from jaxcompress.pruning._groups import blocks as blocks
+from jaxcompress.pruning._groups import heads as heads
+from jaxcompress.pruning._groups import l1 as l1
+from jaxcompress.pruning._groups import l2 as l2
+from jaxcompress.pruning._groups import largest_score as largest_score
+from jaxcompress.pruning._groups import mean as mean
+from jaxcompress.pruning._groups import slices as slices
+from jaxcompress.pruning._groups import whole as whole
 from jaxcompress.pruning._masks import Mask as Mask
+from jaxcompress.pruning._mixtures import balanced as balanced
+from jaxcompress.pruning._mixtures import floored as floored
+from jaxcompress.pruning._mixtures import per_path as per_path
 from jaxcompress.pruning._nm import keep_n_of_m as keep_n_of_m
 from jaxcompress.pruning._prune import prune as prune
+from jaxcompress.pruning._scores import RunningScore as RunningScore
+from jaxcompress.pruning._scores import lamp as lamp
+from jaxcompress.pruning._scores import magnitude as magnitude
+from jaxcompress.pruning._scores import movement as movement
+from jaxcompress.pruning._scores import random as random
+from jaxcompress.pruning._scores import running_fisher as running_fisher
+from jaxcompress.pruning._scores import saliency as saliency
 from jaxcompress.pruning._select import largest as largest
 from jaxcompress.pruning._select import largest_of_tree as largest_of_tree
+from jaxcompress.pruning._top_kast import top_kast as top_kast

@@ -11,7 +11,9 @@ from jaxcompress import arrays
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["keep"], meta_fields=["nm", "axis"]
+    jax.tree_util.register_dataclass,
+    data_fields=["keep", "statistic"],
+    meta_fields=["nm", "axis"],
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -21,11 +23,13 @@ class Mask:
         keep: `bool`, the shape of the leaf.
         nm: static. `(n, m)` when at most n of each m entries along `axis` are kept.
         axis: static. Counted from the front; None without `nm`.
+        statistic: what a `RunningScore` has gathered, of its own types; None without one.
     """
 
     keep: jax.Array
     nm: tuple[int, int] | None = None
     axis: int | None = None
+    statistic: Any = None
 
     def project(self, w: jax.Array) -> jax.Array:
         """Zero where not kept, also where the dropped entry is NaN or infinite."""

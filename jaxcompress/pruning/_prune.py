@@ -1,44 +1,69 @@
-"""Magnitude pruning as a projection."""
+"""Pruning as a projection: what is scored, and how scores are compared."""
 
+import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
 from jaxcompress import _check, tree
-from jaxcompress._types import Numeric
-from jaxcompress.projections import Projection, number_at, of_leaves
+from jaxcompress._sharding import automatic, place_like
+from jaxcompress._types import Numeric, PyTree
+from jaxcompress.projections import Projection, of_leaves
+from jaxcompress.pruning._budgets import Budget
+from jaxcompress.pruning._counts import fraction_at, kept_count, leaf_counts
+from jaxcompress.pruning._groups import Groups
 from jaxcompress.pruning._masks import Mask
 from jaxcompress.pruning._nm import keep_n_of_m
+from jaxcompress.pruning._protect import protected
+from jaxcompress.pruning._rank import observer_of, scores_of
+from jaxcompress.pruning._scores import Score, magnitude
 from jaxcompress.pruning._select import largest, largest_of_tree
 
 
 def prune(
     sparsity: Numeric | None = None,
     *,
+    score: Score = magnitude,
+    groups: Groups | None = None,
     nm: tuple[int, int] | None = None,
-    axis: int = -2,
-    scope: Literal["leaf", "global"] = "leaf",
+    axis: int | Mapping[str, int] = -2,
+    scope: Literal["leaf", "global"] | int = "leaf",
+    budget: Budget | None = None,
+    floor: Numeric | None = 0.0,
 ) -> Projection:
-    r"""Keeps the weights of largest magnitude and sets the others to zero.
+    r"""Keeps the weights that matter most and sets the others to zero.
 
-    .. math:: w_i \mapsto w_i \,[\,|w_i| \text{ is among the } n - \lfloor s n \rceil
-        \text{ largest}\,]
+    .. math:: w_i \mapsto w_i \,[\,\mathrm{score}_i \text{ is among the }
+        n - \lfloor s n \rceil \text{ largest}\,]
 
     Args:
         sparsity: :math:`s`, the fraction removed, 0 to 1. A number, a JAX scalar or an Optax
             schedule of the step (`jc.schedules.cubic` for gradual pruning); may be traced.
             A traced value outside of [0, 1] counts as the nearer end. Each leaf, or the whole
-            tree with a global scope, keeps exactly :math:`n - \lfloor s n \rceil` weights
-            (half to even, in float32): of equal magnitudes the first ones in C order, then
-            in leaf order, live.
+            tree with a global scope or a budget, keeps exactly :math:`n - \lfloor s n \rceil`
+            weights (half to even, in float32): of equal scores the first ones in C order,
+            then in leaf order, live. With `groups`, n counts groups instead of weights.
+        score: static. What is ranked: a function `(params, *, grads=None, step=0) -> scores`,
+            as `jc.pruning.magnitude` or one of your own; a `jc.pruning.RunningScore`, as
+            `jc.pruning.movement()`; or a tree of scores that you computed, as those of
+            `jc.pruning.snip`, whose arrays may be traced. The largest live.
+        groups: static. Weights that live and die together, as `jc.pruning.blocks(4, 4)` or
+            `jc.pruning.slices(-1)`; None: each weight for itself.
         nm: static. `(n, m)` instead of `sparsity`: the n largest of each m consecutive
             weights along `axis` are kept, as sparse tensor cores want it with `(2, 4)`.
         axis: static. Where the groups of `nm` run. The default is the axis that is summed
             over in Flax's layouts (`(in, out)`, and `(height, width, in, out)`); pass -1 for
-            `(out, in)` layouts such as Equinox's. A leaf with one dimension has but one.
-        scope: static. `"leaf"`: the sparsity holds for each leaf; `"global"`: for all chosen
-            leaves together, by one threshold.
+            `(out, in)` layouts such as Equinox's, or a dict from paths to axes. A leaf with one
+            dimension has but one.
+        scope: static. What is compared with what. `"leaf"`: the sparsity holds for each leaf;
+            `"global"`: for all chosen leaves together, by one threshold; an integer: for each
+            index along that axis by itself, as -1 for each output of a Flax kernel (Wanda).
+        budget: static. How the total is shared out over the leaves, as
+            `jc.pruning.erdos_renyi()`; None: as `scope` says.
+        floor: the fraction of each leaf that a global scope keeps before leaves are compared,
+            and at least one weight (or group) of each, as long as the total allows: no layer
+            collapses. None allows it. A number or a schedule; may be traced.
 
     Returns:
         A projection whose structure has a `Mask` per leaf. NaN ranks below every number, so
@@ -48,7 +73,8 @@ def prune(
 
     Raises:
         ValueError: `sparsity` is a number outside of [0, 1]; both or none of `sparsity` and
-            `nm`; `nm` with a global scope, or not 0 <= n <= m.
+            `nm`; arguments that exclude each other; `nm` not 0 <= n <= m; scores of another
+            shape, or none for a leaf.
         TypeError: a chosen leaf is not real floating point; raised while tracing.
 
     Cost: `find` counts, and never sorts: some ten passes over the weights (`largest`), m(m-1)
@@ -59,6 +85,9 @@ def prune(
         >>> jc.compress(jc.prune(0.5), params)["w"]
         Array([[ 0., -4.],
                [ 3.,  0.]], dtype=float32)
+        >>> jc.compress(jc.prune(0.5, groups=jc.pruning.slices(-1)), params)["w"]
+        Array([[ 0. , -4. ],
+               [ 0. ,  0.5]], dtype=float32)
         >>> gradual = jc.prune(jc.schedules.cubic(0.0, 0.9, begin=0, end=1000))
         >>> opt = jc.projected(optax.adam(1e-3), jc.every(100, gradual))
 
@@ -66,77 +95,109 @@ def prune(
     arXiv:1710.01878; N:M from Mishra et al. 2021, arXiv:2104.08378.
     """
     if (sparsity is None) == (nm is None):
-        raise ValueError(
-            _check.message(
-                "prune",
-                "sparsity",
-                "be given, or else `nm`, but not both",
-                f"sparsity={sparsity!r}, nm={nm!r}",
-            )
-        )
-    if scope not in ("leaf", "global"):
-        raise ValueError(_check.message("prune", "scope", 'be "leaf" or "global"', repr(scope)))
+        got = f"sparsity={sparsity!r}, nm={nm!r}"
+        _refuse("sparsity", "be given, or else `nm`, but not both", got)
+    whole = not isinstance(scope, (bool, str)) and isinstance(scope, int)
+    if scope not in ("leaf", "global") and not whole:
+        _refuse("scope", 'be "leaf", "global" or an axis', repr(scope))
     if nm is not None:
-        return _prune_n_of_m(nm, axis, scope)
+        _refuse_beside("nm", scope=(scope, "leaf"), groups=(groups, None), budget=(budget, None))
+        return _prune_n_of_m(nm, axis, score)
+    if budget is not None:
+        _refuse_beside("budget", scope=(scope, "leaf"))
+    if whole:
+        _refuse_beside("an axis as `scope`", groups=(groups, None))
+    if groups is not None and not isinstance(groups, Groups):
+        _refuse("groups", "be a Groups, as jc.pruning.blocks(4, 4)", _check.describe(groups))
+    if floor is not None:
+        _check.number("prune", "floor", floor, 0, 1)
     _check.number("prune", "sparsity", sparsity, 0, 1)
     wanted: Numeric = sparsity  # pyright: ignore[reportAssignmentType]
 
     def find(params, *, previous=None, grads=None, step=0):
-        del previous, grads
-        fraction = jnp.clip(number_at(wanted, step).astype(jnp.float32), 0.0, 1.0)
-        sizes = [w.size for w in jax.tree.leaves(params)]
-        magnitudes = tree.map_arrays_with_path(_magnitude, params)
-        if scope == "global":
-            keep = largest_of_tree(magnitudes, _kept_count(fraction, sum(sizes)))
+        scores, statistics = scores_of(score, params, previous, grads, step)
+        if groups is None:
+            keep = select(params, scores, step)
         else:
-            keep = jax.tree.map(lambda x: largest(x, _kept_count(fraction, x.size)), magnitudes)
-        return jax.tree.map(Mask, keep)
+            keep = select(params, tree.map_arrays_with_path(groups.reduce, scores), step)
+            keep = tree.map_arrays_with_path(functools.partial(_spread, groups), keep, params)
+        return jax.tree.map(lambda k, s: Mask(k, statistic=s), keep, statistics)
 
-    return of_leaves(find)
+    def select(params: PyTree, scores: PyTree, step) -> PyTree:
+        fraction = fraction_at(wanted, step)
+        if scope == "global":
+            total = sum(x.size for x in jax.tree.leaves(scores))
+            ranked = jax.tree.map(lambda x: protected(x, floor, step), scores)
+            return largest_of_tree(ranked, kept_count(fraction, total))
+        if scope != "leaf":
+            return tree.map_arrays_with_path(
+                lambda path, x: _largest_along(path, x, int(scope), fraction), scores
+            )
+        counts = leaf_counts(params, scores, fraction, budget)
+        return tree.map_arrays_with_path(lambda path, x: largest(x, counts[path]), scores)
+
+    return of_leaves(find, observer_of(score))
 
 
-def _prune_n_of_m(nm: tuple[int, int], axis: int, scope: str) -> Projection:
+def _spread(groups: Groups, path: str, kept: jax.Array, w: jax.Array) -> jax.Array:
+    return place_like(groups.expand(path, kept, w.shape), w)
+
+
+def _largest_along(path: str, scores: jax.Array, axis: int, sparsity: jax.Array) -> jax.Array:
+    """The same fraction of each index along an axis."""
+    along = _check.axis("prune", "scope", axis, scores.ndim, path)
+    rest = scores.size // scores.shape[along] if scores.size else 0
+    count = kept_count(sparsity, rest)
+    return automatic(
+        lambda x, k: jax.vmap(lambda row: largest(row, k), along, along)(x),
+        scores,
+        count,
+        like_first=True,
+    )
+
+
+def _prune_n_of_m(nm: tuple[int, int], axis: int | Mapping[str, int], score: Score) -> Projection:
     if not isinstance(nm, tuple) or len(nm) != 2:
         raise TypeError(_check.message("prune", "nm", "be a tuple (n, m)", repr(nm)))
     n, m = nm
     _check.integer("prune", "nm[1]", m, 1)
     _check.integer("prune", "nm[0]", n, 0, m)
-    _check.integer("prune", "axis", axis, -64)
-    if scope == "global":
-        raise ValueError(
-            _check.message(
-                "prune", "scope", 'be "leaf" with `nm`', repr(scope), "Groups are local."
-            )
-        )
+    if not isinstance(axis, Mapping):
+        _check.integer("prune", "axis", axis, -64)
 
     def find(params, *, previous=None, grads=None, step=0):
-        del previous, grads, step
+        scores, statistics = scores_of(score, params, previous, grads, step)
 
-        def leaf(path, w):
-            scores = _magnitude(path, w)
-            if w.ndim == 0:
-                raise ValueError(
-                    _check.message(
-                        "prune",
-                        "params",
-                        "have leaves with a dimension when `nm` is given",
-                        _check.describe(w),
-                        "Choose other leaves with jc.masked.",
-                        path=path,
-                    )
-                )
-            along = 0 if w.ndim == 1 else _check.axis("prune", "axis", axis, w.ndim, path)
-            return Mask(keep_n_of_m(scores, n, m=m, axis=along), nm=(n, m), axis=along)
+        def leaf(path, x, statistic):
+            if x.ndim == 0:
+                rule, fix = "have leaves with a dimension when `nm` is given", _CHOOSE
+                text = _check.message("prune", "params", rule, _check.describe(x), fix, path=path)
+                raise ValueError(text)
+            along = 0 if x.ndim == 1 else _check.axis("prune", "axis", chosen(path), x.ndim, path)
+            return Mask(keep_n_of_m(x, n, m=m, axis=along), (n, m), along, statistic)
 
-        return tree.map_arrays_with_path(leaf, params)
+        return tree.map_arrays_with_path(leaf, scores, statistics)
 
-    return of_leaves(find)
+    def chosen(path: str) -> int:
+        if not isinstance(axis, Mapping):
+            return axis
+        if path not in axis:
+            rule = "have an axis for each chosen leaf"
+            text = _check.message("prune", "axis", rule, sorted(axis), _CHOOSE, path=path)
+            raise ValueError(text)
+        return axis[path]
 
-
-def _magnitude(path: str, w: jax.Array) -> jax.Array:
-    _check.floating("prune", "params", w, path)
-    return jnp.abs(w)
+    return of_leaves(find, observer_of(score))
 
 
-def _kept_count(sparsity: jax.Array, size: int) -> jax.Array:
-    return jnp.uint32(size) - jnp.round(sparsity * size).astype(jnp.uint32)
+_CHOOSE = "Choose other leaves with jc.masked."
+
+
+def _refuse_beside(what: str, **given) -> None:
+    for name, (value, default) in given.items():
+        if value is not default and value != default:
+            _refuse(name, f"be {default!r} with {what}", repr(value))
+
+
+def _refuse(argument: str, rule: str, got: str):
+    raise ValueError(_check.message("prune", argument, rule, got))

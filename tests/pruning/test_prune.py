@@ -152,7 +152,7 @@ def test_packed_size_is_kept_values_and_one_bit_each():
         ({"sparsity": 0.5, "scope": "layer"}, ValueError, "scope"),
         ({"nm": (5, 4)}, ValueError, "nm\\[0\\]"),
         ({"nm": 4}, TypeError, "tuple"),
-        ({"nm": (2, 4), "scope": "global"}, ValueError, "Groups are local"),
+        ({"nm": (2, 4), "scope": "global"}, ValueError, "`scope` must be 'leaf' with nm"),
         ({"nm": (2, 4), "axis": 5}, ValueError, "axis of a leaf with 2 dimensions, got 5 at 'w'"),
     ],
 )
