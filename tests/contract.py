@@ -83,6 +83,12 @@ PROJECTIONS = {
         {"sparsity": [0.1, 0.8]},
         ("rigl",),
     ),
+    "from_masks": Row(
+        lambda: jc.pruning.from_masks({"a": {"kernel": jnp.arange(128).reshape(16, 8) % 3 == 0}}),
+        {},
+        ("from_masks",),
+    ),
+    "as_is": Row(lambda: jc.chain(jc.prune(0.5), jc.pruning.as_is()), {}, ("as_is",)),
     "sparse_evolution": Row(
         lambda sparsity=0.6, drop=0.5: jc.pruning.sparse_evolution(
             sparsity, drop, key=jax.random.key(0)

@@ -4,6 +4,10 @@ from jaxcompress.pruning._budgets import Budget as Budget
 from jaxcompress.pruning._budgets import cost_weighted as cost_weighted
 from jaxcompress.pruning._budgets import erdos_renyi as erdos_renyi
 from jaxcompress.pruning._budgets import uniform as uniform
+from jaxcompress.pruning._custom import apply_masks as apply_masks
+from jaxcompress.pruning._custom import as_is as as_is
+from jaxcompress.pruning._custom import from_masks as from_masks
+from jaxcompress.pruning._custom import nonzero as nonzero
 from jaxcompress.pruning._dynamic import rigl as rigl
 from jaxcompress.pruning._dynamic import sparse_evolution as sparse_evolution
 from jaxcompress.pruning._groups import Groups as Groups
@@ -20,6 +24,11 @@ from jaxcompress.pruning._mixtures import balanced as balanced
 from jaxcompress.pruning._mixtures import floored as floored
 from jaxcompress.pruning._mixtures import per_path as per_path
 from jaxcompress.pruning._nm import keep_n_of_m as keep_n_of_m
+from jaxcompress.pruning._overlap import Overlap as Overlap
+from jaxcompress.pruning._overlap import intersection as intersection
+from jaxcompress.pruning._overlap import invert as invert
+from jaxcompress.pruning._overlap import overlap as overlap
+from jaxcompress.pruning._overlap import union as union
 from jaxcompress.pruning._prune import prune as prune
 from jaxcompress.pruning._scores import RunningScore as RunningScore
 from jaxcompress.pruning._scores import lamp as lamp

@@ -147,6 +147,9 @@ class TestRigl:
         opt = jc.projected(optax.identity(), pr.rigl(0.75, 0.5, key=KEY))
         _, state = opt.update(g, opt.init(params), params)
         assert keep_of(state).sum() == 32
+        nothing = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), g)
+        _, state = opt.update(nothing, opt.init(params), params)
+        assert keep_of(state).sum() == 32
 
 
 class TestSparseEvolution:

@@ -208,6 +208,11 @@ class TestScopes:
         )
         assert int(spared["big"].keep.sum()) == 79
 
+    def test_of_weights_that_tie_a_leaf_keeps_the_first(self):
+        params = {"big": jnp.asarray(10 + draw(16, 8)), "small": jnp.full((8, 4), 0.5, jnp.float32)}
+        masks = jc.prune(0.5, scope="global").find(params)
+        np.testing.assert_array_equal(np.flatnonzero(masks["small"].keep), [0])
+
     @pytest.mark.parametrize("floor", [0.25, 0.3])
     def test_a_floor_is_a_fraction_of_each_leaf(self, floor):
         params = {"big": jnp.asarray(10 + draw(16, 8)), "small": jnp.asarray(0.01 * draw(8, 4))}
