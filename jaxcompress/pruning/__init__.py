@@ -23,6 +23,7 @@ from jaxcompress.pruning._masks import Mask as Mask
 from jaxcompress.pruning._mixtures import balanced as balanced
 from jaxcompress.pruning._mixtures import floored as floored
 from jaxcompress.pruning._mixtures import per_path as per_path
+from jaxcompress.pruning._nm import contraction_axes as contraction_axes
 from jaxcompress.pruning._nm import keep_n_of_m as keep_n_of_m
 from jaxcompress.pruning._overlap import Overlap as Overlap
 from jaxcompress.pruning._overlap import intersection as intersection

@@ -1,10 +1,13 @@
 """N:M masks by comparisons inside of each group, never by a sort."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from jaxcompress._sharding import automatic
 from jaxcompress.pruning._threshold import keys, space_of
+from jaxcompress.tracing import Site
 
 
 def keep_n_of_m(scores: jax.Array, n: jax.Array | int, *, m: int, axis: int) -> jax.Array:
@@ -36,6 +39,36 @@ def keep_n_of_m(scores: jax.Array, n: jax.Array | int, *, m: int, axis: int) -> 
         jnp.asarray(n, jnp.int32),
         like_first=True,
     )
+
+
+def contraction_axes(sites: Sequence[Site]) -> dict[str, int]:
+    """The axis of each leaf along which sparse hardware wants its groups of m.
+
+    Args:
+        sites: what consumes the leaves, from `jc.sites(fn, params, *args)`.
+
+    Returns:
+        From the path of a leaf to the axis that its product sums over, for
+        `jc.prune(nm=…, axis=…)`: the input channels of a convolution, the innermost summed axis
+        of a matrix product. Leaves that are used in several ways, in part, or by a lookup are
+        left out.
+
+    Examples:
+        >>> fn = lambda p, x: x @ p["w"].T
+        >>> axes = jc.pruning.contraction_axes(jc.sites(fn, {"w": jnp.ones((2, 8))}, jnp.ones(8)))
+        >>> p = jc.prune(nm=(2, 4), axis=axes)
+        >>> axes
+        {'w': 1}
+    """
+    found: dict[str, set[int | None]] = {}
+    for site in sites:
+        if site.op == "gather":
+            continue
+        first = site.op == "conv_general_dilated"
+        axis = site.axes[0 if first else -1] if site.axes else None
+        found.setdefault(site.path, set()).add(axis)
+    agreed = {path: next(iter(axes)) for path, axes in found.items() if len(axes) == 1}
+    return {path: axis for path, axis in agreed.items() if axis is not None}
 
 
 def _keep(scores: jax.Array, n: jax.Array, m: int, axis: int) -> jax.Array:

@@ -54,8 +54,9 @@ def prune(
             weights along `axis` are kept, as sparse tensor cores want it with `(2, 4)`.
         axis: static. Where the groups of `nm` run. The default is the axis that is summed
             over in Flax's layouts (`(in, out)`, and `(height, width, in, out)`); pass -1 for
-            `(out, in)` layouts such as Equinox's, or a dict from paths to axes. A leaf with one
-            dimension has but one.
+            `(out, in)` layouts such as Equinox's, or a dict from paths to axes, as
+            `jc.pruning.contraction_axes` reads off the function. A leaf with one dimension has
+            but one.
         scope: static. What is compared with what. `"leaf"`: the sparsity holds for each leaf;
             `"global"`: for all chosen leaves together, by one threshold; an integer: for each
             index along that axis by itself, as -1 for each output of a Flax kernel (Wanda).

@@ -1,5 +1,7 @@
 """Statistics of the activations that each parameter meets, batch by batch."""
 
+import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -18,7 +20,13 @@ from jaxcompress.tracing._sites import Site, param_paths, require_function, site
 from jaxcompress.tracing._walk import walk
 
 
-class Statistics(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["low", "high", "moments", "histogram", "gram"],
+    meta_fields=["axes", "stacked"],
+)
+@dataclasses.dataclass(frozen=True)
+class Statistics:
     """Statistics of the activations of one site; a leading axis for each scan over layers.
 
     Attributes:
@@ -28,6 +36,8 @@ class Statistics(NamedTuple):
         histogram: `Histogram`, or None.
         gram: `Gram`, or None. The features of a convolution are the input features of a
             group and the places of the kernel, in this order, with a leading axis of groups.
+        axes: static. The axes of the leaf that the features meet, see `jc.sites`.
+        stacked: static. How many leading axes are those of scans.
     """
 
     low: jax.Array
@@ -35,6 +45,8 @@ class Statistics(NamedTuple):
     moments: _observers.Moments | None = None
     histogram: _histogram.Histogram | None = None
     gram: _observers.Gram | None = None
+    axes: tuple[int, ...] | None = None
+    stacked: int = 0
 
 
 def calibrate(
@@ -109,11 +121,11 @@ def calibrate(
             for site in plan.sites
         }
 
-    states, stacked = None, {}
+    states, sites = None, {}
     for batch in _shown(batches) if progress else batches:
         batch = batch if isinstance(batch, tuple) else (batch,)
         if states is None:
-            stacked = {site.name: site.stacked for site in _plan(fn, params, batch, where).sites}
+            sites = {site.name: site for site in _plan(fn, params, batch, where).sites}
             states = observe(params, batch)
         else:
             states = add(states, params, batch)
@@ -122,12 +134,12 @@ def calibrate(
         raise ValueError(_check.message("calibrate", "batches", rule, "none"))
     finish = jax.jit(
         lambda states: {
-            name: _statistics(observer, stacked[name], state) for name, state in states.items()
+            name: _statistics(observer, sites[name], state) for name, state in states.items()
         }
     )
     # A dict comes out of jit sorted; the program's order tells more.
     finished = finish(states)
-    return {name: finished[name] for name in stacked}
+    return {name: finished[name] for name in sites}
 
 
 class _SiteObserver(NamedTuple):
@@ -227,14 +239,14 @@ def _merge(observer: _SiteObserver, stacked: int, a: PyTree, b: PyTree) -> PyTre
     return merge(a, b)
 
 
-def _statistics(observer: _SiteObserver, stacked: int, state: PyTree) -> Statistics:
+def _statistics(observer: _SiteObserver, site: Site, state: PyTree) -> Statistics:
     rows, finalize = state["rows"], observer.rows.finalize
-    for _ in range(stacked):
+    for _ in range(site.stacked):
         finalize = jax.vmap(finalize)
     found = finalize(rows)
     span = found.pop("ranges")
     gram = None if observer.patches is None else observer.patches.finalize(state["patches"])
-    return Statistics(span.low, span.high, **found, gram=gram)
+    return Statistics(span.low, span.high, **found, gram=gram, axes=site.axes, stacked=site.stacked)
 
 
 def _shown(batches: Iterable[Any]) -> Iterable[Any]:

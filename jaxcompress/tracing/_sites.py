@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from jaxcompress import _check
 from jaxcompress._types import PyTree
+from jaxcompress.tracing._axes import contracted_axes
 from jaxcompress.tracing._flops import flops, moved_bytes
 from jaxcompress.tracing._jaxprs import Location, Traced, trace
 from jaxcompress.tracing._walk import Step, walk
@@ -37,6 +38,9 @@ class Site(NamedTuple):
         scope: name stack, of `jax.named_scope` and Flax Linen modules.
         stacked: how many scans give it one slice of the leaf per trip. Its statistics have
             as many leading axes.
+        axes: of the leaf, those that the equation sums over, in the order of the features of
+            its statistics; without axes of size 1. None where the equation gets only a part of
+            the leaf, or has a weight for each index of a batch.
         location: of the equation.
         operand: index of the weight among the operands.
         stack: locations of those scans.
@@ -53,6 +57,7 @@ class Site(NamedTuple):
     trips: int | None
     scope: str
     stacked: int
+    axes: tuple[int, ...] | None
     location: Location
     operand: int
     stack: tuple[Location, ...]
@@ -120,6 +125,7 @@ def sites_among(steps: Sequence[Step]):
                 trips=step.trips,
                 scope=step.scope,
                 stacked=len(origin.stack),
+                axes=contracted_axes(step.eqn, operand, origin.axes),
                 location=step.location,
                 operand=operand,
                 stack=origin.stack,

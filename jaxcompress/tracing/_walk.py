@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.extend.core as jec
 
+from jaxcompress.tracing._axes import Axes, leaf_axes, slice_axes, viewed_axes
 from jaxcompress.tracing._jaxprs import Body, Location, bodies, constant, scope_of
 
 # What only moves, copies, casts or cuts a parameter: the result is still the parameter.
@@ -21,10 +22,12 @@ class Origin(NamedTuple):
     Attributes:
         paths: of the leaves.
         stack: locations of the scans that give one slice of the leaf to each trip.
+        axes: where the axes of the leaf are; None where the view is not all of one leaf.
     """
 
     paths: tuple[str, ...]
     stack: tuple[Location, ...] = ()
+    axes: Axes | None = None
 
     @property
     def path(self) -> str:
@@ -73,7 +76,10 @@ def walk(jaxpr: Any, paths: Sequence[str | None]) -> list[Step]:
         paths: for each invar the path of the parameter leaf that it is, or None.
     """
     steps: list[Step] = []
-    origins = [None if path is None else Origin((path,)) for path in paths]
+    origins = [
+        None if path is None else Origin((path,), axes=leaf_axes(v.aval.shape))
+        for path, v in zip(paths, jaxpr.invars, strict=True)
+    ]
     _walk(jaxpr, origins, _Around(), steps)
     return steps
 
@@ -106,7 +112,9 @@ def _viewed(eqn, given) -> list[Origin | None]:
         return list(given)
     if name == "concatenate":
         return [_concatenated(given)]
-    return [given[0]] * len(eqn.outvars)
+    if given[0] is None:
+        return [None] * len(eqn.outvars)
+    return [given[0]._replace(axes=viewed_axes(eqn, given[0].axes))] * len(eqn.outvars)
 
 
 def _concatenated(given: Sequence[Origin | None]) -> Origin | None:
@@ -118,7 +126,7 @@ def _concatenated(given: Sequence[Origin | None]) -> Origin | None:
 
 
 def _enter(inside: list[Body], given, location, scope, around, steps) -> list[Origin | None]:
-    found: dict[int, set[Origin | None]] = {}
+    found: dict[int, list[Origin | None]] = {}
     for k, body in enumerate(inside):
         looped = body.label in ("scan", "while", "test")
         origins = [_entering(body, j, given, location) for j in range(len(body.jaxpr.invars))]
@@ -134,10 +142,22 @@ def _enter(inside: list[Body], given, location, scope, around, steps) -> list[Or
         results = _walk(body.jaxpr, origins, inner, steps)
         for j, result in zip(body.outputs, results, strict=True):
             if j is not None:
-                leaves_loop = not looped or result in origins
-                found.setdefault(j, set()).add(result if leaves_loop else None)
+                leaves_loop = not looped or _whichever(result) in map(_whichever, origins)
+                found.setdefault(j, []).append(result if leaves_loop else None)
     count = 1 + max(found, default=-1)
-    return [next(iter(found[j])) if len(found[j]) == 1 else None for j in range(count)]
+    return [_one(found[j]) for j in range(count)]
+
+
+def _one(origins: Sequence[Origin | None]) -> Origin | None:
+    """What several branches agree on."""
+    if len({_whichever(origin) for origin in origins}) > 1:
+        return None
+    return origins[0] if len(set(origins)) == 1 else _whichever(origins[0])
+
+
+def _whichever(origin: Origin | None) -> Origin | None:
+    """The parameter, however it is viewed."""
+    return None if origin is None else origin._replace(axes=None)
 
 
 def _entering(body: Body, j: int, given, location) -> Origin | None:
@@ -145,7 +165,8 @@ def _entering(body: Body, j: int, given, location) -> Origin | None:
     if origin is None:
         return None
     if j in body.sliced:
-        return origin._replace(stack=(*origin.stack, location))
+        axes = slice_axes(origin.axes, len(origin.stack))
+        return origin._replace(stack=(*origin.stack, location), axes=axes)
     return origin if constant(body, j) else None
 
 

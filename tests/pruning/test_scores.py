@@ -125,6 +125,26 @@ class TestGiven:
         with pytest.raises(error, match=text):
             jc.compress(jc.prune(0.5, score=score), {"w": jnp.ones((4, 4))})
 
+    def test_axes_are_read_off_the_function(self):
+        params = {
+            "conv": jnp.asarray(draw(3, 3, 4, 6)),
+            "heads": jnp.asarray(draw(2, 8, 6)),
+            "tied": jnp.asarray(draw(5, 6)),
+            "swapped": jnp.asarray(draw(6, 6)),
+        }
+
+        def fn(params, x, ids):
+            x = jax.lax.conv_general_dilated(
+                x, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x = x @ params["swapped"] + x @ params["swapped"].T
+            y = jnp.einsum("bhwo,gdo->gd", x, params["heads"])
+            return y, params["tied"][ids] @ params["tied"].T
+
+        sites = jc.sites(fn, params, jnp.ones((1, 4, 4, 4)), jnp.arange(3))
+        axes = pr.contraction_axes(sites)
+        assert axes == {"conv": 2, "heads": 2, "tied": 1}
+
     def test_axes_must_cover_the_leaves(self):
         with pytest.raises(ValueError, match=r"have an axis for each chosen leaf, .* at 'w'"):
             jc.compress(jc.prune(nm=(2, 4), axis={"v": 0}), {"w": jnp.ones((4, 4))})
