@@ -15,6 +15,7 @@ from jaxcompress import pruning as pruning
 from jaxcompress import quantization as quantization
 from jaxcompress import report as report
 from jaxcompress import schedules as schedules
+from jaxcompress import solvers as solvers
 from jaxcompress import tracing as tracing
 from jaxcompress import tree as tree
 from jaxcompress.arrays import todense as todense

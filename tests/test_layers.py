@@ -14,6 +14,7 @@ LEVELS = [
     {"tree"},
     {"arrays", "schedules"},
     {"projections", "tracing"},
+    {"solvers"},
     {"pruning", "quantization", "factorization", "distillation"},
     {"report", "export"},
 ]
