@@ -1,5 +1,6 @@
 """Eight fake CPU devices, strict promotion: set before JAX starts."""
 
+import functools
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -18,6 +19,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+def counting_jit(fn):
+    """`jax.jit(fn)` that counts in `.traces` how often JAX traced `fn`.
+
+    The private `_cache_size()` reads 0 once a long process has filled JAX's shared cache.
+    """
+
+    @functools.wraps(fn)
+    def counted(*args, **kwargs):
+        jitted.traces += 1
+        return fn(*args, **kwargs)
+
+    jitted = jax.jit(counted)
+    jitted.traces = 0
+    return jitted
 
 
 def lenient(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

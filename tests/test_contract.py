@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
 from tests import contract
-from tests.conftest import lenient, mesh_of
+from tests.conftest import counting_jit, lenient, mesh_of
 from tests.contract import PROJECTIONS, TRANSFORMATIONS
 
 projections = pytest.mark.parametrize("row", PROJECTIONS.values(), ids=PROJECTIONS.keys())
@@ -78,10 +78,10 @@ class TestProjections:
         params = contract.params()
         knobs = {k: v[-1] for k, v in settings(row).items()}
         fresh = lambda params, knobs: jc.compress(row.make(**knobs), params)  # noqa: E731
-        compiled = jax.jit(fresh)
+        compiled = counting_jit(fresh)
         close(compiled(params, knobs), fresh(params, knobs), row.tolerance)
         compiled(contract.params(seed=1), {k: v[0] for k, v in settings(row).items()})
-        assert compiled._cache_size() == 1
+        assert compiled.traces == 1
 
     @projections
     def test_vmap_over_knobs_equals_a_loop(self, row):
@@ -234,12 +234,12 @@ class TestTransformations:
     def test_jit_equals_eager_and_compiles_once(self, row):
         opt, params = extra(row.make()), contract.params()
         state = opt.init(params)
-        update = jax.jit(lambda g, s, p: opt.update(g, s, p, batch=contract.batch()))
+        update = counting_jit(lambda g, s, p: opt.update(g, s, p, batch=contract.batch()))
         updates, after = update(params, state, params)
         eager, _ = opt.update(params, state, params, batch=contract.batch())
         close(updates, eager, row.tolerance)
         update(params, after, params)
-        assert update._cache_size() == 1
+        assert update.traces == 1
         assert types(after) == types(state)
 
     @transformations

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import jaxcompress as jc
 from jaxcompress.pruning import _counts
+from tests.conftest import counting_jit
 
 SHAPES = {"a": (3, 3, 1, 8), "b": (3, 3, 8, 16), "c": (64, 10), "d": (10,), "e": ()}
 MANY = {f"{i:02d}": (3 + i, 7 + 3 * i) for i in range(12)}
@@ -154,7 +155,7 @@ def test_sparsity_is_traced_and_vmap_equals_a_loop():
     sizes = sizes_of(MANY)
     total = sum(sizes.values())
 
-    @jax.jit
+    @counting_jit
     def one(s):
         return _counts.kept_counts(budget, MANY, sizes, s, _counts.kept_count(s, total))
 
@@ -163,7 +164,7 @@ def test_sparsity_is_traced_and_vmap_equals_a_loop():
     for i, s in enumerate(grid):
         got = {path: int(n[i]) for path, n in mapped.items()}
         assert got == {path: int(n) for path, n in one(s).items()}
-    assert one._cache_size() == 1
+    assert one.traces == 1
 
 
 def test_numbers_of_mixtures_are_traced():

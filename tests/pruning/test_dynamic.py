@@ -10,7 +10,7 @@ import pytest
 
 import jaxcompress as jc
 from tests import contract
-from tests.conftest import lenient
+from tests.conftest import counting_jit, lenient
 
 pr = jc.pruning
 KEY = jax.random.key(0)
@@ -29,13 +29,13 @@ def best(scores, count):
 def trail(opt, params, count):
     """Params, state and gradients before each update, and a last time after all."""
     state, out = opt.init(params), []
-    update = jax.jit(opt.update)
+    update = counting_jit(opt.update)
     for i in range(count):
         g = contract.params(seed=70 + i)
         out.append((params, state, g))
         updates, state = update(g, state, params)
         params = optax.apply_updates(params, updates)
-    assert update._cache_size() == 1
+    assert update.traces == 1
     return [*out, (params, state, None)]
 
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
-from tests.conftest import mesh_of
+from tests.conftest import counting_jit, mesh_of
 
 pr = jc.pruning
 NORMS = {
@@ -139,11 +139,11 @@ def test_empty_leaves_stay(make, shape):
 
 def test_jit_compiles_once_and_vmap_equals_a_loop():
     x = jnp.asarray(values((4, 8)))
-    one = jax.jit(lambda s: jc.compress(jc.prune(s, groups=pr.blocks(3, 3)), {"w": x})["w"])
+    one = counting_jit(lambda s: jc.compress(jc.prune(s, groups=pr.blocks(3, 3)), {"w": x})["w"])
     grid = jnp.array([0.0, 0.4, 0.9])
     for s, got in zip(grid, jax.vmap(one)(grid), strict=True):
         np.testing.assert_array_equal(got, one(s))
-    assert one._cache_size() == 1
+    assert one.traces == 1
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])

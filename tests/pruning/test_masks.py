@@ -9,6 +9,7 @@ from flax import nnx
 
 import jaxcompress as jc
 from tests import contract
+from tests.conftest import counting_jit
 
 pr = jc.pruning
 
@@ -45,11 +46,11 @@ class TestFromMasks:
 
     def test_new_masks_compile_nothing_anew(self):
         params = contract.params()
-        step = jax.jit(lambda params, masks: jc.compress(pr.from_masks(masks), params))
+        step = counting_jit(lambda params, masks: jc.compress(pr.from_masks(masks), params))
         for seed in range(3):
             out = step(params, masks_of(seed))
             np.testing.assert_array_equal(out["b"]["kernel"] != 0, masks_of(seed)["b"]["kernel"])
-        assert step._cache_size() == 1
+        assert step.traces == 1
 
     def test_n_of_m_is_packed_as_such(self):
         params = contract.params()

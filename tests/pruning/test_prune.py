@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import jaxcompress as jc
+from tests.conftest import counting_jit
 
 SHAPES = [(16, 8), (3, 3, 2, 4), (7,), (1, 1)]
 
@@ -120,10 +121,10 @@ def test_scalar_and_empty_leaves():
 def test_sweep_compiles_once():
     params = {"w": jax.random.normal(jax.random.key(0), (16, 8))}
     both = lambda s, b: jc.chain(jc.prune(s), jc.quantize(b))  # noqa: E731
-    sweep = jax.jit(jax.vmap(lambda s, b: jc.compress(both(s, b), params)))
+    sweep = counting_jit(jax.vmap(lambda s, b: jc.compress(both(s, b), params)))
     out = sweep(jnp.linspace(0, 0.9, 4), jnp.array([1, 2, 4, 8]))
     sweep(jnp.linspace(0.1, 0.8, 4), jnp.array([8, 4, 2, 1]))
-    assert sweep._cache_size() == 1
+    assert sweep.traces == 1
     zeros = (np.asarray(out["w"]) == 0).sum((1, 2))
     assert (zeros >= np.round([0, 38.4, 76.8, 115.2])).all()
 

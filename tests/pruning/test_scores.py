@@ -8,6 +8,7 @@ import pytest
 
 import jaxcompress as jc
 from tests import contract
+from tests.conftest import counting_jit
 
 pr = jc.pruning
 
@@ -252,7 +253,7 @@ class TestScopes:
 
     def test_floors_and_scopes_trace(self):
         params = contract.params()
-        one = jax.jit(lambda f: jc.compress(jc.prune(0.7, scope="global", floor=f), params))
+        one = counting_jit(lambda f: jc.compress(jc.prune(0.7, scope="global", floor=f), params))
         grid = jnp.array([0.0, 0.1, 0.3])
         mapped = jax.vmap(one)(grid)
         for i, f in enumerate(grid):
@@ -261,4 +262,4 @@ class TestScopes:
                 mapped,
                 one(f),
             )
-        assert one._cache_size() == 1
+        assert one.traces == 1

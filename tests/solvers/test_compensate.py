@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from jaxcompress.solvers import _compensate
 from jaxcompress.solvers._compensate import compensate
 from jaxcompress.solvers._hessian import prepare
+from tests.conftest import counting_jit
 from tests.solvers import brute_force
 
 # Callbacks for NumPy and JAX alike: `xp` is one of them.
@@ -264,19 +265,19 @@ def test_sparsities_under_vmap_compile_once():
     x, w = brute_force.layer(10, 4)
     u = prepare(brute_force.gram_of(x))[0].factor
 
-    @jax.jit
+    @counting_jit
     def f(w, u, sparsity):
         return compensate(w, u, *unstructured(10, sparsity), block_size=5)
 
     sparsities = jnp.array([0.0, 0.3, 0.5, 1.0])
     news, masks = jax.vmap(lambda s: f(w, u, s))(sparsities)
     np.testing.assert_array_equal(masks.sum(axis=(1, 2, 3)), [40, 28, 20, 0])
-    before = f._cache_size()
+    before = f.traces
     for i, s in enumerate(sparsities):
         new, mask = f(w, u, s)
         np.testing.assert_allclose(news[i], new, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(masks[i], mask)
-    assert f._cache_size() <= before + 1
+    assert f.traces <= before + 1
 
 
 def test_eager_is_as_compiled():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 from jaxcompress.solvers import _hessian
 from jaxcompress.solvers._hessian import prepare
+from tests.conftest import counting_jit
 from tests.solvers import brute_force
 
 
@@ -134,11 +135,11 @@ def test_layers_and_dampings_under_vmap():
 
 
 def test_dampings_compile_once():
-    f = jax.jit(lambda gram, damping: prepare(gram, damping))
+    f = counting_jit(lambda gram, damping: prepare(gram, damping))
     gram = jnp.eye(4) * 3
     for damping in [0.0, 0.01, 0.5]:
         f(gram, jnp.float32(damping))
-    assert f._cache_size() == 1
+    assert f.traces == 1
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 from jaxcompress.solvers import _refit
 from jaxcompress.solvers._refit import refit
+from tests.conftest import counting_jit
 from tests.solvers import brute_force
 
 
@@ -138,13 +139,13 @@ def test_layers_and_numbers_under_vmap(iterations):
 
 def test_iterations_under_vmap_compile_once():
     _, w, gram, keep = drawn(8, 5)
-    f = jax.jit(lambda t: refit(w, gram, keep, iterations=t))
+    f = counting_jit(lambda t: refit(w, gram, keep, iterations=t))
     counts = jnp.array([0, 1, 7])
     together = jax.vmap(f)(counts)
-    before = f._cache_size()
+    before = f.traces
     for i, t in enumerate(counts):
         np.testing.assert_allclose(together[i], f(t), rtol=1e-5, atol=1e-6)
-    assert f._cache_size() <= before + 1
+    assert f.traces <= before + 1
 
 
 @pytest.mark.parametrize("iterations", [None, 5])

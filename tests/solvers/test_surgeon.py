@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from jaxcompress.solvers import _surgeon
 from jaxcompress.solvers._refit import refit
 from jaxcompress.solvers._surgeon import removal_trace, surgeon
+from tests.conftest import counting_jit
 from tests.solvers import brute_force
 
 
@@ -120,16 +121,16 @@ def test_a_traced_nan_keeps_nothing():
 def test_counts_and_dampings_under_vmap_compile_once():
     x, w = brute_force.layer(6, 4)
     gram = brute_force.gram_of(x)
-    f = jax.jit(lambda count, damping: surgeon(w, gram, count, damping=damping))
+    f = counting_jit(lambda count, damping: surgeon(w, gram, count, damping=damping))
     counts, dampings = jnp.array([0, 5, 12, 24]), jnp.array([0.0, 0.01, 0.1, 1.0])
     together = jax.vmap(f)(counts, dampings)
     np.testing.assert_array_equal(together.keep.sum(axis=(1, 2)), counts)
-    before = f._cache_size()
+    before = f.traces
     for i in range(4):
         alone = f(counts[i], dampings[i])
         np.testing.assert_array_equal(together.keep[i], alone.keep)
         np.testing.assert_allclose(together.w[i], alone.w, rtol=1e-3, atol=1e-4)
-    assert f._cache_size() <= before + 1
+    assert f.traces <= before + 1
 
 
 def test_layers_under_vmap():

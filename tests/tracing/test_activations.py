@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
+from tests.conftest import counting_jit
 
 
 def draw(*shape, seed=0):
@@ -59,12 +60,12 @@ class TestAgainstNumpy:
 
 
 def test_bits_are_mapped_and_compiled_once():
-    run = jax.jit(lambda bits, x: jc.quantize_activations(linear, bits)(PARAMS, x))
+    run = counting_jit(lambda bits, x: jc.quantize_activations(linear, bits)(PARAMS, x))
     bits = jnp.array([2.0, 3.0, 8.0])
     mapped = jax.vmap(run, in_axes=(0, None))(bits, X)
     for b, y in zip(bits, mapped, strict=True):
         np.testing.assert_allclose(y, run(b, X), rtol=1e-6, atol=1e-6)
-    assert run._cache_size() <= 2
+    assert run.traces <= 2
 
 
 def test_gradient_is_the_identity_within_the_range():
