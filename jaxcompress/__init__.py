@@ -32,7 +32,6 @@ from jaxcompress.projections import Reparametrization as Reparametrization
 from jaxcompress.projections import alternated as alternated
 from jaxcompress.projections import batch_axes as batch_axes
 from jaxcompress.projections import chain as chain
-from jaxcompress.projections import compress as compress
 from jaxcompress.projections import every as every
 from jaxcompress.projections import latent as latent
 from jaxcompress.projections import masked as masked
@@ -50,6 +49,7 @@ from jaxcompress.pruning import prune as prune
 from jaxcompress.quantization import cluster as cluster
 from jaxcompress.quantization import quantize as quantize
 from jaxcompress.report import summary as summary
+from jaxcompress.solvers import compress as compress
 from jaxcompress.tracing import calibrate as calibrate
 from jaxcompress.tracing import capture as capture
 from jaxcompress.tracing import capture_names as capture_names

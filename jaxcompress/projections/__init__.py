@@ -3,6 +3,7 @@
 from jaxcompress.projections._alternate import alternated as alternated
 from jaxcompress.projections._base import Projection as Projection
 from jaxcompress.projections._base import of_leaves as of_leaves
+from jaxcompress.projections._base import rows_of as rows_of
 from jaxcompress.projections._combine import Chained as Chained
 from jaxcompress.projections._combine import Partitioned as Partitioned
 from jaxcompress.projections._combine import chain as chain
@@ -24,6 +25,8 @@ from jaxcompress.projections._reparametrize import ReparametrizedState as Repara
 from jaxcompress.projections._reparametrize import reparametrized as reparametrized
 from jaxcompress.projections._restrict import RestrictedState as RestrictedState
 from jaxcompress.projections._restrict import restricted as restricted
+from jaxcompress.projections._rows import RowRule as RowRule
+from jaxcompress.projections._rows import Rows as Rows
 from jaxcompress.projections._time import Relaxed as Relaxed
 from jaxcompress.projections._time import Scheduled as Scheduled
 from jaxcompress.projections._time import Timed as Timed

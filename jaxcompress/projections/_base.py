@@ -8,6 +8,7 @@ import optax
 
 from jaxcompress import _check, tree
 from jaxcompress._types import PyTree
+from jaxcompress.projections._rows import Rows
 
 
 class Projection(NamedTuple):
@@ -41,6 +42,8 @@ class Projection(NamedTuple):
             reads from `previous`. None gathers nothing.
         from_zero: static. Whether an entry that comes back after it was dropped starts from
             zero in `project_params` and `projected`. Otherwise it starts from its update.
+        rows: `(params, *, step=0) -> list of Rows`: how the rows of a layer are projected one
+            after the other, for `jc.compress(…, stats=…)`. None: it can't.
 
     Examples:
         A projection of your own, which rounds to one decimal:
@@ -61,6 +64,7 @@ class Projection(NamedTuple):
     everywhere: "Projection | None" = None
     observe: Callable[..., PyTree] | None = None
     from_zero: bool = False
+    rows: Callable[..., list[Rows]] | None = None
 
 
 def of_leaves(
@@ -68,6 +72,7 @@ def of_leaves(
     observe: Callable[..., PyTree] | None = None,
     *,
     from_zero: bool = False,
+    rows: Callable[..., list[Rows]] | None = None,
 ) -> Projection:
     """A projection whose structure is a dict from a leaf's path to what was found for it.
 
@@ -81,6 +86,7 @@ def of_leaves(
             entries.
         observe: as in `Projection`, on the same trees.
         from_zero: as in `Projection`.
+        rows: as in `Projection`.
     """
 
     def find_flat(params, *, previous=None, grads=None, step=0):
@@ -108,6 +114,7 @@ def of_leaves(
         kept,
         observe=None if observe is None else observe_flat,
         from_zero=from_zero,
+        rows=rows,
     )
     return choose(raw, tree.is_weight, function="find")._replace(everywhere=raw)
 
@@ -157,8 +164,13 @@ def choose(projection: Projection, where: tree.Where, *, function: str = "masked
         hidden_grads = None if grads is None else hide(grads, mask)
         return observed(projection, hide(params, mask), structure, hidden_grads, step)
 
+    def rows(params, *, step=0):
+        return rows_of(projection, hide(params, chosen(params)), step)
+
     return Projection(find, project, pack, kept)._replace(
-        observe=None if projection.observe is None else observe, from_zero=projection.from_zero
+        observe=None if projection.observe is None else observe,
+        from_zero=projection.from_zero,
+        rows=None if projection.rows is None else rows,
     )
 
 
@@ -176,6 +188,22 @@ def observed(
     if projection.observe is None:
         return structure
     return projection.observe(params, structure, grads=grads, step=step)
+
+
+def rows_of(projection: Projection, params: PyTree, step: Any) -> list[Rows]:
+    """The rules of a projection; refuses one without."""
+    if projection.rows is None:
+        raise ValueError(
+            _check.message(
+                "compress",
+                "projection",
+                "project rows one by one to be taken with `stats`",
+                "one that can't",
+                "jc.prune, jc.quantize, jc.pruning.from_masks and jc.chain, jc.masked, "
+                "jc.partition and jc.scheduled of them can.",
+            )
+        )
+    return projection.rows(params, step=step)
 
 
 def is_masked_node(x: Any) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxcompress import _check, tree
 from jaxcompress._types import PyTree
-from jaxcompress.projections._base import Projection, choose, hide, kept_by, observed, show
+from jaxcompress.projections._base import Projection, choose, hide, kept_by, observed, rows_of, show
 
 
 class Chained(NamedTuple):
@@ -79,12 +79,20 @@ def chain(*projections: Projection) -> Projection:
         pairs = zip(projections, structure.parts, strict=True)
         return Chained(tuple(observed(p, params, part, grads, step) for p, part in pairs))
 
+    def rows(params, *, step=0):
+        out = []
+        for p in projections:
+            out += rows_of(p, params, step)
+            params = p.project(params, p.find(params, step=step))
+        return out
+
     everywhere = None
     if any(p.everywhere is not None for p in projections):
         everywhere = chain(*(p.everywhere or p for p in projections))
     return Projection(find, project, pack, kept, everywhere)._replace(
         observe=observe if any(p.observe for p in projections) else None,
         from_zero=any(p.from_zero for p in projections),
+        rows=rows,
     )
 
 
@@ -211,9 +219,16 @@ def partition(
             )
         return Partitioned(parts)
 
+    def rows(params, *, step=0):
+        out = []
+        for label, mask in masks(params).items():
+            out += rows_of(members[label], hide(params, mask), step)
+        return out
+
     return Projection(find, project, pack, kept)._replace(
         observe=observe if any(p.observe for p in members.values()) else None,
         from_zero=any(p.from_zero for p in members.values()),
+        rows=rows,
     )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxcompress import _check
 from jaxcompress._types import Numeric, PyTree
-from jaxcompress.projections._base import Projection, kept_by, observed
+from jaxcompress.projections._base import Projection, kept_by, observed, rows_of
 from jaxcompress.projections._combine import _require_projection
 
 
@@ -286,10 +286,16 @@ def _scheduled(factory, numbers: dict[str, Numeric], static: dict[str, Any], eve
         inner = observed(at(structure.hyperparams), params, structure.inner, grads, step)
         return structure._replace(inner=inner)
 
+    def rows(params, *, step=0):
+        values = {name: number_at(value, step) for name, value in numbers.items()}
+        return rows_of(at(values), params, step)
+
     other = None if everywhere else _scheduled(factory, numbers, static, everywhere=True)
     member = at({name: number_at(value, 0) for name, value in numbers.items()})
     return Projection(find, project, pack, kept, other)._replace(
-        observe=None if member.observe is None else observe, from_zero=member.from_zero
+        observe=None if member.observe is None else observe,
+        from_zero=member.from_zero,
+        rows=None if member.rows is None else rows,
     )
 
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from jaxcompress import _check, tree
 from jaxcompress._types import PyTree
-from jaxcompress.projections import Projection, masked, of_leaves
-from jaxcompress.pruning._masks import Mask
+from jaxcompress.projections import Projection, Rows, masked, of_leaves
+from jaxcompress.pruning import _row_rules
+from jaxcompress.pruning._masks import Mask, keeps_by_path
 
 
 def nonzero(params: PyTree, where: tree.Where = tree.is_weight) -> PyTree:
@@ -102,8 +103,11 @@ def from_masks(masks: PyTree, *, nm: tuple[int, int] | None = None, axis: int = 
 
         return tree.map_arrays_with_path(leaf, params)
 
+    def rows(params, *, step=0):
+        return [Rows(_row_rules.given, keeps_by_path(params, find(params, step=step)), {})]
+
     wanted = {path for path, mask in _given(masks).items() if mask is not None}
-    return masked(of_leaves(find), lambda path, w: path in wanted)
+    return masked(of_leaves(find, rows=rows), lambda path, w: path in wanted)
 
 
 def as_is() -> Projection:

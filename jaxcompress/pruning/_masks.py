@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress import arrays
+from jaxcompress import arrays, tree
+from jaxcompress._types import PyTree
 
 
 @functools.partial(
@@ -54,3 +55,10 @@ class Mask:
             return arrays.bit_mask(dense, present)
         n, m = self.nm
         return arrays.n_m(dense, present, n=n, m=m, axis=self.axis)
+
+
+def keeps_by_path(params: PyTree, masks: PyTree) -> dict[str, jax.Array]:
+    """From the path of each leaf to what its mask keeps."""
+    out: dict[str, jax.Array] = {}
+    tree.map_arrays_with_path(lambda path, w, mask: out.update({path: mask.keep}), params, masks)
+    return out

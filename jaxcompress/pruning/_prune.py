@@ -9,11 +9,12 @@ import jax
 from jaxcompress import _check, tree
 from jaxcompress._sharding import automatic, place_like
 from jaxcompress._types import Numeric, PyTree
-from jaxcompress.projections import Projection, of_leaves
+from jaxcompress.projections import Projection, Rows, of_leaves
+from jaxcompress.pruning import _row_rules
 from jaxcompress.pruning._budgets import Budget
 from jaxcompress.pruning._counts import fraction_at, kept_count, leaf_counts
 from jaxcompress.pruning._groups import Groups
-from jaxcompress.pruning._masks import Mask
+from jaxcompress.pruning._masks import Mask, keeps_by_path
 from jaxcompress.pruning._nm import keep_n_of_m
 from jaxcompress.pruning._protect import protected
 from jaxcompress.pruning._rank import observer_of, scores_of
@@ -137,7 +138,13 @@ def prune(
         counts = leaf_counts(params, scores, fraction, budget)
         return tree.map_arrays_with_path(lambda path, x: largest(x, counts[path]), scores)
 
-    return of_leaves(find, observer_of(score))
+    def rows(params, *, step=0):
+        masks = find(params, step=step)
+        plain = score is magnitude and groups is None and isinstance(scope, str)
+        rule = _row_rules.by_cost if plain else _row_rules.given
+        return [Rows(rule, keeps_by_path(params, masks), {})]
+
+    return of_leaves(find, observer_of(score), rows=rows)
 
 
 def _spread(groups: Groups, path: str, kept: jax.Array, w: jax.Array) -> jax.Array:
@@ -188,7 +195,17 @@ def _prune_n_of_m(nm: tuple[int, int], axis: int | Mapping[str, int], score: Sco
             raise ValueError(text)
         return axis[path]
 
-    return of_leaves(find, observer_of(score))
+    rule = _row_rules.n_of_m(n, m) if score is magnitude else _row_rules.given
+
+    def rows(params, *, step=0):
+        masks = find(params, step=step)
+        axes: dict[str, int] = {}
+        along = lambda path, w, mask: axes.update({path: mask.axis})  # noqa: E731
+        tree.map_arrays_with_path(along, params, masks)
+        innermost = axes if rule.group is not None else {}
+        return [Rows(rule, keeps_by_path(params, masks), innermost)]
+
+    return of_leaves(find, observer_of(score), rows=rows)
 
 
 _CHOOSE = "Choose other leaves with jc.masked."

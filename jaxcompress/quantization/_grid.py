@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxcompress import _check, arrays
 from jaxcompress._sharding import automatic
+from jaxcompress.projections import RowRule
 
 
 @functools.partial(
@@ -184,3 +186,29 @@ def refuse_nan(dense: jax.Array, path: str) -> None:
                 path=path,
             )
         )
+
+
+def grid_rows(w: jax.Array, grid: Grid) -> dict[str, jax.Array]:
+    """The grid of every entry of `w`, for `row_rule`."""
+    scale, zero_point = grid._expanded(w)
+    data = {"scale": jnp.broadcast_to(scale, w.shape), "bits": grid.bits}
+    if zero_point is not None:
+        data["zero_point"] = jnp.broadcast_to(zero_point, w.shape)
+    return data
+
+
+def _choose_grid(data, rows, diagonal, start, features):
+    del diagonal, features
+    cut = lambda x: x if x.ndim == 0 else lax.dynamic_slice_in_dim(x, start, rows.shape[0])  # noqa: E731
+    return jax.tree.map(cut, data)
+
+
+def _round_row(row: jax.Array, data: dict[str, jax.Array], i: jax.Array) -> jax.Array:
+    mine = {k: x if x.ndim == 0 else x[i] for k, x in data.items()}
+    # A row that fills up the last block has the scale zero.
+    scale = jnp.where(mine["scale"] > 0, mine["scale"], 1.0)
+    return Grid(scale, mine.get("zero_point"), mine["bits"]).project(row)
+
+
+row_rule = RowRule(_choose_grid, _round_row)
+"""Each row on the grid that was fitted before any was changed: GPTQ with fixed steps."""

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 
 from jaxcompress import _check, tree
 from jaxcompress._types import Numeric
-from jaxcompress.projections import Projection, number_at, of_leaves
-from jaxcompress.quantization._grid import Grid, fit_grid
+from jaxcompress.projections import Projection, Rows, number_at, of_leaves
+from jaxcompress.quantization._grid import Grid, fit_grid, grid_rows, row_rule
 
 
 def quantize(
@@ -93,4 +93,11 @@ def quantize(
         width = width.astype(jnp.int32)
         return tree.map_arrays_with_path(lambda path, w: leaf_grid(path, w, width), params)
 
-    return of_leaves(find)
+    def rows(params, *, step=0):
+        grids, data = find(params, step=step), {}
+        tree.map_arrays_with_path(
+            lambda path, w, grid: data.update({path: grid_rows(w, grid)}), params, grids
+        )
+        return [Rows(row_rule, data, {})]
+
+    return of_leaves(find, rows=rows)

@@ -1,9 +1,12 @@
 """Maths that several techniques share: projecting a layer in the space of its outputs."""
 
 from jaxcompress.solvers._compensate import compensate as compensate
+from jaxcompress.solvers._compress import compress as compress
 from jaxcompress.solvers._hessian import Prepared as Prepared
 from jaxcompress.solvers._hessian import PrepareInfo as PrepareInfo
 from jaxcompress.solvers._hessian import prepare as prepare
+from jaxcompress.solvers._layout import Layout as Layout
+from jaxcompress.solvers._layout import layouts as layouts
 from jaxcompress.solvers._refit import refit as refit
 from jaxcompress.solvers._surgeon import RemovalTrace as RemovalTrace
 from jaxcompress.solvers._surgeon import Surgery as Surgery

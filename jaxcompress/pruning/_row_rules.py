@@ -1,0 +1,55 @@
+"""Pruning in the space of outputs: which weights of a block of rows live."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxcompress.projections import RowRule
+from jaxcompress.pruning._nm import keep_n_of_m
+from jaxcompress.pruning._select import largest
+
+
+def _choose_by_cost(keep, rows, diagonal, start, features):
+    """As many as `keep` has, spread evenly over the blocks: those whose loss costs most."""
+    total = jnp.sum(keep.astype(jnp.uint32))
+
+    def share(end: Any) -> jax.Array:
+        part = jnp.asarray(end, jnp.float32) / features
+        rounded = jnp.round(total.astype(jnp.float32) * part).astype(jnp.uint32)
+        return jnp.where(end >= features, total, jnp.minimum(rounded, total))
+
+    count = share(start + rows.shape[0]) - share(jnp.asarray(start))
+    return largest(_costs(rows, diagonal), count)
+
+
+def _choose_given(keep, rows, diagonal, start, features):
+    del diagonal, features
+    return lax.dynamic_slice_in_dim(keep, start, rows.shape[0])
+
+
+def _mask_row(row: jax.Array, keep: jax.Array, i: jax.Array) -> jax.Array:
+    mine = lax.dynamic_index_in_dim(keep, i, keepdims=False)
+    return jnp.where(mine, row, jnp.zeros_like(row))
+
+
+def _costs(rows: jax.Array, diagonal: jax.Array) -> jax.Array:
+    return jnp.square(rows / diagonal[:, None])
+
+
+by_cost = RowRule(_choose_by_cost, _mask_row)
+"""As many weights of each block as a mask has on average: SparseGPT."""
+
+given = RowRule(_choose_given, _mask_row)
+"""The weights of a mask."""
+
+
+def n_of_m(n: int, m: int) -> RowRule:
+    """The n of each m rows whose loss costs most."""
+
+    def choose(keep, rows, diagonal, start, features):
+        del keep, start, features
+        return keep_n_of_m(_costs(rows, diagonal), n, m=m, axis=0)
+
+    return RowRule(choose, _mask_row, group=m)
