@@ -8,7 +8,10 @@ they are rebuilt there, but by the functions that build them.
 """
 
 from jaxcompress.arrays._base import is_compressed as is_compressed
+from jaxcompress.arrays._base import is_sparse as is_sparse
 from jaxcompress.arrays._base import todense as todense
+from jaxcompress.arrays._block import BlockSparse as BlockSparse
+from jaxcompress.arrays._block import block_sparse as block_sparse
 from jaxcompress.arrays._codebook import Codebook as Codebook
 from jaxcompress.arrays._low_rank import LowRank as LowRank
 from jaxcompress.arrays._masked import BitMasked as BitMasked

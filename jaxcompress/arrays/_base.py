@@ -34,6 +34,13 @@ class Sized:
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
 
 
+class Sparse(Sized):
+    """A compressed array that keeps some entries, in `values`; `present()` says which.
+
+    A mark for `is_sparse`, without data or behaviour.
+    """
+
+
 def is_compressed(x: Any) -> bool:
     """Whether `x` is a compressed array.
 
@@ -42,6 +49,20 @@ def is_compressed(x: Any) -> bool:
         (True, False)
     """
     return isinstance(x, Sized)
+
+
+def is_sparse(x: Any) -> bool:
+    """Whether `x` is a compressed array that stores some entries, in `values`, and where.
+
+    Its `present()` is `bool` of the dense shape, true for entries that have a place in `values`.
+
+    Examples:
+        >>> keep = np.array([True, False])
+        >>> arrays = jc.arrays.bit_mask(np.ones(2), keep), jc.arrays.pack_bits(keep, 1)
+        >>> [is_sparse(x) for x in arrays]
+        [True, False]
+    """
+    return isinstance(x, Sparse)
 
 
 def todense(tree: PyTree) -> PyTree:

@@ -10,8 +10,6 @@ import numpy as np
 
 from jaxcompress import _sharding
 from jaxcompress.arrays import _base
-from jaxcompress.arrays._masked import BitMasked
-from jaxcompress.arrays._nm import NM
 
 
 @functools.partial(
@@ -24,7 +22,7 @@ class Codebook(_base.Sized):
     Where the codes are sparse, an absent one stands for the value 0.
 
     Attributes:
-        codes: a uint8 array, `Packed`, or `BitMasked` or `NM` of codes.
+        codes: a uint8 array, `Packed`, or a sparse array of codes.
         values: float32, one dimension.
         dtype: static. That of the dense array.
     """
@@ -44,7 +42,7 @@ class Codebook(_base.Sized):
             return jnp.zeros(self.shape, self.dtype)
         codes = _base.todense(self.codes).astype(jnp.int32)
         dense = _sharding.automatic(_look_up, codes, self.values, like_first=True)
-        if isinstance(self.codes, (BitMasked, NM)):
+        if _base.is_sparse(self.codes):
             dense = jnp.where(self.codes.present(), dense, 0.0)
         return dense.astype(self.dtype)
 

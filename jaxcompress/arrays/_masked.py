@@ -17,7 +17,7 @@ from jaxcompress.arrays._packed import Packed, pack_bits
     jax.tree_util.register_dataclass, data_fields=["values", "mask"], meta_fields=["shape"]
 )
 @dataclasses.dataclass(frozen=True, repr=False)
-class BitMasked(_base.Sized):
+class BitMasked(_base.Sparse):
     """A sparse array with any pattern.
 
     Attributes:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcompress import _check
 from jaxcompress.arrays import _base
+from jaxcompress.arrays._block import BlockSparse, block_sparse
 from jaxcompress.arrays._masked import BitMasked, bit_mask, require_same_shape
 from jaxcompress.arrays._packed import Packed, pack_bits
 
@@ -20,7 +21,7 @@ from jaxcompress.arrays._packed import Packed, pack_bits
     meta_fields=["n", "m", "axis", "shape"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
-class NM(_base.Sized):
+class NM(_base.Sparse):
     """A sparse array with at most n entries in each run of m along an axis.
 
     The slots are those of an array whose `axis` is moved to the end and cut into groups,
@@ -124,13 +125,16 @@ def n_m(
     return NM(jnp.asarray(slots.ravel()), indices, n, m, axis, shape)
 
 
+Pattern = BitMasked | BlockSparse | NM
+
+
 def with_entries(
-    pattern: BitMasked | NM,
+    pattern: Pattern,
     dense: jax.Array | np.ndarray,
     *,
     bits: int | None = None,
     signed: bool | None = None,
-) -> BitMasked | NM:
+) -> Pattern:
     """The pattern of a sparse array with other entries, as codes instead of weights.
 
     Args:
@@ -157,6 +161,8 @@ def with_entries(
         raise ValueError(_check.message("with_entries", "dense", rule, np.shape(dense)))
     if isinstance(pattern, BitMasked):
         out = bit_mask(dense, pattern.present())
+    elif isinstance(pattern, BlockSparse):
+        out = block_sparse(dense, pattern.present(), block=pattern.block)
     else:
         out = n_m(dense, pattern.present(), n=pattern.n, m=pattern.m, axis=pattern.axis)
     if bits is None or bits >= 8:
@@ -164,10 +170,11 @@ def with_entries(
     return dataclasses.replace(out, values=pack_bits(out.values, bits, signed=signed))
 
 
-def restrict(pattern: BitMasked | NM, present: jax.Array) -> BitMasked | NM:
+def restrict(pattern: Pattern, present: jax.Array) -> Pattern:
     """The pattern where it keeps exactly what is present, else a bit mask that does.
 
-    For codes that have none for zero: they can't fill the slots that `NM` has left over.
+    For codes that have none for zero: they can't fill the slots that `NM` has left over, nor
+    the rest of a block.
 
     Args:
         pattern: a sparse array.
@@ -185,9 +192,9 @@ def restrict(pattern: BitMasked | NM, present: jax.Array) -> BitMasked | NM:
 
 
 def _require_pattern(function: str, pattern: Any, entries: Any) -> None:
-    if not isinstance(pattern, (BitMasked, NM)):
-        got = _check.describe(pattern)
-        raise TypeError(_check.message(function, "pattern", "be a BitMasked or NM array", got))
+    if not _base.is_sparse(pattern):
+        rule = "be a BitMasked, BlockSparse or NM array"
+        raise TypeError(_check.message(function, "pattern", rule, _check.describe(pattern)))
     _base.require_concrete(function, "pattern", entries, *jax.tree.leaves(pattern))
 
 

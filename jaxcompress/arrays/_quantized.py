@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays import _base
-from jaxcompress.arrays._masked import BitMasked
-from jaxcompress.arrays._nm import NM
 
 
 @functools.partial(
@@ -25,7 +23,7 @@ class Quantized(_base.Sized):
     Where the codes are sparse, an absent one stands for the value 0, whatever the zero point.
 
     Attributes:
-        codes: :math:`c`, an int8 or uint8 array, `Packed`, or `BitMasked` or `NM` of codes.
+        codes: :math:`c`, an int8 or uint8 array, `Packed`, or a sparse array of codes.
         scale: :math:`\Delta`, float32, of the rank of the codes, of size 1 along shared axes.
         zero_point: :math:`z`, uint8 of the shape of `scale`, or None for 0.
         dtype: static. That of the dense array.
@@ -53,7 +51,7 @@ class Quantized(_base.Sized):
             steps = 2.0 * steps - 1.0
         if self.zero_point is not None:
             steps = steps - self._expand(self.zero_point).astype(jnp.float32)
-        if isinstance(self.codes, (BitMasked, NM)):
+        if _base.is_sparse(self.codes):
             steps = jnp.where(self.codes.present(), steps, 0.0)
         return (steps * self._expand(self.scale)).astype(self.dtype)
 

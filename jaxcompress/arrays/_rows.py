@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxcompress import _check
 from jaxcompress.arrays import _base
+from jaxcompress.arrays._block import BlockSparse, unblocked
 from jaxcompress.arrays._codebook import Codebook
 from jaxcompress.arrays._low_rank import LowRank
 from jaxcompress.arrays._masked import BitMasked
@@ -152,7 +153,7 @@ def _codebook(leaf: Codebook) -> Rows:
 
 def _with_codes(codes: Any, own: dict[str, Any], rebuilt: Callable[[Any, Any], Any]) -> Rows:
     """Rows of codes, put back into what gives them their values."""
-    if isinstance(codes, (BitMasked, NM)):
+    if _base.is_sparse(codes):
         stacked, entries = _entries(codes)
 
         def dense(row):
@@ -174,6 +175,8 @@ def _entries(leaf: Any) -> tuple[Any, Callable[[Any], tuple[jax.Array, jax.Array
     """What to cut, and from one row of it the dense entries and which of them are present."""
     if isinstance(leaf, BitMasked):
         return _masked_entries(leaf)
+    if isinstance(leaf, BlockSparse):
+        return _block_entries(leaf)
     if leaf.axis == 0:
         return (leaf.todense(), leaf.present()), lambda row: row
     slots = math.prod(leaf.indices.shape) // max(leaf.shape[0], 1)
@@ -231,6 +234,31 @@ def _masked_entries(leaf: BitMasked):
     return (stacked, before), entries
 
 
+def _block_entries(leaf: BlockSparse):
+    kept = leaf.mask.todense().astype(bool)
+    place = (jnp.cumsum(kept.reshape((kept.size,)).astype(jnp.int32)) - 1).reshape(kept.shape)
+    values, shape = _base.todense(leaf.values), leaf.shape[1:]
+    cut = len(leaf.block) == leaf.ndim
+    block = leaf.block[1:] if cut else leaf.block
+
+    def entries(row):
+        if cut:
+            # A row of the array is one row of each block along a row of the grid.
+            at, inside = row // leaf.block[0], row % leaf.block[0]
+            row, slot = (place[at], kept[at]), (inside,)
+        else:
+            slot = ()
+        mask = jnp.expand_dims(row[1], tuple(range(-len(block), 0)))
+        present = unblocked(mask, block, shape)
+        if 0 in values.shape:
+            return jnp.zeros(shape, values.dtype), present
+        taken = values.at[row[0], *slot].get(mode="clip")
+        taken = jnp.where(mask, taken, jnp.zeros((), values.dtype))
+        return unblocked(taken, block, shape), present
+
+    return (jnp.arange(leaf.shape[0], dtype=jnp.int32) if cut else (place, kept)), entries
+
+
 def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
     return dataclasses.replace(x, shape=shape) if isinstance(x, Packed) else x.reshape(shape)
 
@@ -241,5 +269,6 @@ _CUTS: dict[type, Callable[[Any], Rows]] = {
     Quantized: _quantized,
     Codebook: _codebook,
     BitMasked: _sparse,
+    BlockSparse: _sparse,
     NM: _sparse,
 }

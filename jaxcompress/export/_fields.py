@@ -10,12 +10,22 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import NM, BitMasked, Codebook, LowRank, Packed, Quantized
+from jaxcompress.arrays import (
+    NM,
+    BitMasked,
+    BlockSparse,
+    Codebook,
+    LowRank,
+    Packed,
+    Quantized,
+    is_sparse,
+)
 
 # Class, parts (arrays or nested compressed arrays) and static fields of each kind in a file.
 KINDS: dict[str, tuple[type, tuple[str, ...], tuple[str, ...]]] = {
     "packed": (Packed, ("planes",), ("shape", "signed")),
     "bit_masked": (BitMasked, ("values", "mask"), ("shape",)),
+    "block_sparse": (BlockSparse, ("values", "mask"), ("block", "shape")),
     "nm": (NM, ("values", "indices"), ("n", "m", "axis", "shape")),
     "quantized": (Quantized, ("codes", "scale", "zero_point"), ("dtype", "group", "binary")),
     "low_rank": (LowRank, ("u", "v"), ()),
@@ -45,7 +55,7 @@ def require(holds: Any, rule: str) -> None:
 
 def static_to_json(name: str, value: Any) -> Any:
     """A static field as JSON."""
-    if name in ("shape", "group"):
+    if name in ("shape", "group", "block"):
         return None if value is None else [int(v) for v in value]
     if name == "dtype":
         return np.dtype(value).name
@@ -54,7 +64,7 @@ def static_to_json(name: str, value: Any) -> Any:
 
 def static_from_json(name: str, value: Any) -> Any:
     """A static field back from JSON, its type checked."""
-    if name in ("shape", "group"):
+    if name in ("shape", "group", "block"):
         if name == "group" and value is None:
             return None
         natural = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
@@ -99,6 +109,20 @@ def _check_bit_masked(x: BitMasked) -> None:
     require(len(x.mask.planes) == 1, "`mask` must have one bit")
     kept = int(np.unpackbits(x.mask.planes[0], count=math.prod(x.shape)).sum())
     require(x.values.shape == (kept,), f"`values` must have one entry per kept one, {kept}")
+
+
+def _check_block_sparse(x: BlockSparse) -> None:
+    require(1 <= len(x.block) <= len(x.shape), "`block` must have sizes for axes of `shape`")
+    lead = len(x.shape) - len(x.block)
+    fits = all(1 <= b <= max(n, 1) for b, n in zip(x.block, x.shape[lead:], strict=True))
+    require(fits, f"`block` must have sizes from 1 to those of {x.shape[lead:]}")
+    _require_entries(x.values)
+    grid = tuple(-(-n // b) for n, b in zip(x.shape, (1,) * lead + x.block, strict=True))
+    _require_packed("mask", x.mask, grid)
+    require(len(x.mask.planes) == 1, "`mask` must have one bit")
+    kept = int(np.unpackbits(x.mask.planes[0], count=math.prod(grid)).sum())
+    expected = (kept, *x.block)
+    require(x.values.shape == expected, f"`values` must have the shape {expected}")
 
 
 def _check_nm(x: NM) -> None:
@@ -154,9 +178,9 @@ def _check_codebook(x: Codebook) -> None:
     vector = _plain(x.values) and x.values.dtype == np.float32 and x.values.ndim == 1
     require(vector, "`values` must be float32 of one dimension")
     require(jnp.issubdtype(x.dtype, jnp.floating), "`dtype` must be floating point")
-    codes = x.codes.values if isinstance(x.codes, (BitMasked, NM)) else x.codes
+    codes = x.codes.values if is_sparse(x.codes) else x.codes
     codes = _integers(codes) if isinstance(codes, Packed) else codes
-    # Without any value all is zero, and the slots that NM leaves over hold code 0.
+    # Without any value all is zero, and the slots that NM and blocks leave over hold code 0.
     within = codes.size == 0 or (codes.min() >= 0 and codes.max() < max(1, len(x.values)))
     require(within, f"`codes` must be indices into {len(x.values)} values")
 
@@ -164,6 +188,7 @@ def _check_codebook(x: Codebook) -> None:
 _CHECKS = {
     Packed: _check_packed,
     BitMasked: _check_bit_masked,
+    BlockSparse: _check_block_sparse,
     NM: _check_nm,
     Quantized: _check_quantized,
     LowRank: _check_low_rank,
@@ -185,7 +210,7 @@ def _require_entries(x: Any) -> None:
 
 
 def _require_codes(x: Any) -> None:
-    known = _plain(x) or isinstance(x, (Packed, BitMasked, NM))
+    known = _plain(x) or isinstance(x, Packed) or is_sparse(x)
     require(known, "`codes` must be an array, packed bits or a sparse array")
     require(jnp.issubdtype(x.dtype, jnp.integer), "`codes` must be integer")
 

@@ -85,6 +85,8 @@ def blocks(*shape: int, norm: Norm = l1) -> Groups:
 
     Returns:
         Groups for `jc.prune(…, groups=…)`. A NaN makes its group's score NaN: it goes first.
+        `jc.pack` stores the blocks as `jc.arrays.BlockSparse`, and `jc.lift` multiplies those
+        alone where that is faster.
 
     Raises:
         ValueError: a leaf has fewer axes; raised while tracing.
@@ -122,7 +124,8 @@ def slices(*axes: int, norm: Norm = l2) -> Groups:
         norm: static. As in `blocks`.
 
     Returns:
-        Groups for `jc.prune(…, groups=…)`: zeros only, shapes stay.
+        Groups for `jc.prune(…, groups=…)`: zeros only, shapes stay. `jc.pack` stores one bit
+        for each index.
 
     Raises:
         ValueError: a leaf has no such axis; raised while tracing.
@@ -226,7 +229,7 @@ def _reduce(scores: jax.Array, block: tuple[int, ...], norm: Norm) -> jax.Array:
         return jnp.zeros(grid, scores.dtype)
     padding = [(0, g * b - n) for n, g, b in zip(shape, grid, block, strict=True)]
     split = [part for g, b in zip(grid, block, strict=True) for part in (g, b)]
-    cut = jnp.pad(scores, padding).reshape(split)
+    cut = (jnp.pad(scores, padding) if padding else scores).reshape(split)
     axes = tuple(range(1, 2 * len(shape), 2))
     return norm(cut, axes, jnp.asarray(_sizes(shape, block), scores.dtype))
 

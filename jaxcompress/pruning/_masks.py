@@ -14,7 +14,7 @@ from jaxcompress._types import PyTree
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["keep", "statistic"],
-    meta_fields=["nm", "axis"],
+    meta_fields=["nm", "axis", "block"],
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -25,12 +25,15 @@ class Mask:
         nm: static. `(n, m)` when at most n of each m entries along `axis` are kept.
         axis: static. Counted from the front; None without `nm`.
         statistic: what a `RunningScore` has gathered, of its own types; None without one.
+        block: static. Of the groups that live together, one size for each axis; None: single
+            weights.
     """
 
     keep: jax.Array
     nm: tuple[int, int] | None = None
     axis: int | None = None
     statistic: Any = None
+    block: tuple[int, ...] | None = None
 
     def project(self, w: jax.Array) -> jax.Array:
         """Zero where not kept, also where the dropped entry is NaN or infinite."""
@@ -51,6 +54,12 @@ class Mask:
         return dataclasses.replace(w, codes=arrays.with_entries(pattern, codes, bits=bits))
 
     def _sparse(self, dense: jax.Array, present: jax.Array) -> Any:
+        block = self.block or ()
+        # Indices of leading axes are blocks of their own.
+        while block and block[0] == 1:
+            block = block[1:]
+        if block:
+            return arrays.block_sparse(dense, present, block=block)
         if self.nm is None or self.axis is None:
             return arrays.bit_mask(dense, present)
         n, m = self.nm

@@ -123,7 +123,12 @@ def prune(
         else:
             keep = select(params, tree.map_arrays_with_path(groups.reduce, scores), step)
             keep = tree.map_arrays_with_path(functools.partial(_spread, groups), keep, params)
-        return jax.tree.map(lambda k, s: Mask(k, statistic=s), keep, statistics)
+
+        def leaf(path, kept, statistic):
+            block = None if groups is None else groups.block(path, kept.shape)
+            return Mask(kept, statistic=statistic, block=block)
+
+        return tree.map_arrays_with_path(leaf, keep, statistics)
 
     def select(params: PyTree, scores: PyTree, step) -> PyTree:
         fraction = fraction_at(wanted, step)

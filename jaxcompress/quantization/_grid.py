@@ -162,7 +162,7 @@ def _split_groups(x: jax.Array, axis: int, size: int) -> jax.Array:
 def pattern_of(w: Any) -> Any:
     """The sparse array that holds the entries of `w`, or None for a dense leaf."""
     inner = w.codes if isinstance(w, (arrays.Quantized, arrays.Codebook)) else w
-    return inner if isinstance(inner, (arrays.BitMasked, arrays.NM)) else None
+    return inner if arrays.is_sparse(inner) else None
 
 
 def pattern_without_zeros(w: Any, dense: jax.Array) -> Any:

@@ -68,8 +68,9 @@ def thin(x: jax.Array, product: Product, dot: Dot, dtype: Any) -> jax.Array:
     ]
     orders = [_plan(x, fine, factors), _plan(x, fine, factors[::-1])]
     _, middle, (first, second) = min(orders, key=lambda plan: plan[0])
-    wide = _wide(x.dtype)
-    y = _einsum(x, fine.x, first[0].astype(product.dtype), first[1], middle, dot.params, wide)
+    y = _einsum(
+        x, fine.x, first[0].astype(product.dtype), first[1], middle, dot.params, wide(x.dtype)
+    )
     y = _einsum(
         y.astype(x.dtype),
         middle,
@@ -82,7 +83,7 @@ def thin(x: jax.Array, product: Product, dot: Dot, dtype: Any) -> jax.Array:
     return y.reshape([whole[a] for a in dot.out])
 
 
-def _wide(dtype: Any) -> Any:
+def wide(dtype: Any) -> Any:
     """What sums and scales are kept in between: at least float32."""
     return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
@@ -133,9 +134,13 @@ def codes_of(weight: Quantized, dtype: Any) -> jax.Array:
 
 def weight_only(x: jax.Array, weight: Quantized, dot: Dot, dtype: Any) -> jax.Array:
     """Floating-point activations times integer codes; the scales multiply the result."""
-    wide = _wide(x.dtype)
-    y = plain(x, codes_of(weight, x.dtype), dot, wide)
-    return (y * to_result(weight.scale, dot.w, dot).astype(wide)).astype(dtype)
+    y = plain(x, codes_of(weight, x.dtype), dot, wide(x.dtype))
+    return scaled(y, weight, dot, dtype)
+
+
+def scaled(y: jax.Array, weight: Quantized, dot: Dot, dtype: Any) -> jax.Array:
+    """A product with the codes, in `wide`, times their scales."""
+    return (y * to_result(weight.scale, dot.w, dot).astype(y.dtype)).astype(dtype)
 
 
 def integer(x: jax.Array, weight: Quantized, dot: Dot, dtype: Any, step: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcompress import arrays
 from jaxcompress.tracing import _dot, _views
+from jaxcompress.tracing._blocks import multiply_blocks
 from jaxcompress.tracing._conv import thin_conv
 from jaxcompress.tracing._gather import take
 from jaxcompress.tracing._joined import Joined
@@ -37,15 +38,15 @@ def apply_rule(
         step_of: None for floating-point products.
     """
     name, others = eqn.primitive.name, values[:operand] + values[operand + 1 :]
+    if name == "dot_general":
+        dot, dtype = _dot.read_dot(eqn, operand), eqn.outvars[0].aval.dtype
+        return multiply(others[0], weight.value, dot, dtype, step_of)
     value = _unpacked(weight.value)
     low_rank = isinstance(value, (Product, arrays.LowRank))
-    out = eqn.outvars[0].aval
 
     def decoded():
         return run([*values[:operand], value.todense(), *values[operand + 1 :]])[0][0]
 
-    if name == "dot_general":
-        return multiply(others[0], value, _dot.read_dot(eqn, operand), out.dtype, step_of)
     if isinstance(value, Joined):
         return None
     if name == "conv_general_dilated" and operand == 1:
@@ -69,6 +70,9 @@ def multiply(x: jax.Array, value: Any, dot: _dot.Dot, dtype: Any, step_of: StepO
     """A matrix product with a compressed array, or with a plain one."""
     if isinstance(value, Joined):
         return _multiply_parts(x, value, dot, dtype, step_of)
+    y = _multiply_blocks(x, value, dot, dtype) if step_of is None else None
+    if y is not None:
+        return y
     value = _unpacked(value)
     if isinstance(value, (Product, arrays.LowRank)):
         return _dot.thin(x, _views.as_product(value), dot, dtype)
@@ -78,6 +82,21 @@ def multiply(x: jax.Array, value: Any, dot: _dot.Dot, dtype: Any, step_of: StepO
         return _dot.integer(x, value, dot, dtype, step_of(x, dot))
     dense = value.todense() if hasattr(type(value), "todense") else value
     return _dot.plain(x, dense, dot, dot.params["preferred_element_type"]).astype(dtype)
+
+
+def _multiply_blocks(x: jax.Array, value: Any, dot: _dot.Dot, dtype: Any) -> jax.Array | None:
+    """The product with kept blocks, or with the codes in them; None where there are none."""
+    if isinstance(value, arrays.BlockSparse):
+        return multiply_blocks(x, value, dot, dtype)
+    coded = isinstance(value, arrays.Quantized) and isinstance(value.codes, arrays.BlockSparse)
+    if not coded or value.group is not None or not _absent_is_zero(value):
+        return None
+    if not _dot.scales_outside(value, dot):
+        return None
+    steps = arrays.todense(value.codes.values).astype(x.dtype)
+    codes = dataclasses.replace(value.codes, values=steps)
+    y = multiply_blocks(x, codes, dot, _dot.wide(x.dtype))
+    return None if y is None else _dot.scaled(y, value, dot, dtype)
 
 
 def _multiply_parts(x, joined: Joined, dot: _dot.Dot, dtype, step_of) -> jax.Array:
@@ -109,12 +128,15 @@ def _unpacked(value: Any) -> Any:
     """Codes of less than 8 bits one to a byte, where nothing else stands for a value."""
     if not isinstance(value, arrays.Quantized) or value.group is not None:
         return value
-    absent_is_zero = value.zero_point is None and not value.binary
     if isinstance(value.codes, arrays.Packed) or (
-        arrays.is_compressed(value.codes) and absent_is_zero
+        arrays.is_compressed(value.codes) and _absent_is_zero(value)
     ):
         return dataclasses.replace(value, codes=value.codes.todense())
     return value
+
+
+def _absent_is_zero(value: arrays.Quantized) -> bool:
+    return value.zero_point is None and not value.binary
 
 
 def _ragged(others: list[Any], product: Product, eqn: Any) -> jax.Array | None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import arrays
+from jaxcompress.tracing._blocks import transposed
 from jaxcompress.tracing._product import Product, of_factors, product_rows, product_view
 from jaxcompress.tracing._weights import Weight
 
@@ -78,6 +79,9 @@ def view(value: Any, eqn: Any, others: list[Any], run: Callable[..., Any]) -> An
         return None
     if isinstance(value, (Product, arrays.LowRank)):
         return product_view(as_product(value), eqn, others)
+    blocks = isinstance(value, arrays.BlockSparse) and len(value.block) == value.ndim == 2
+    if blocks and name == "transpose":
+        return value if eqn.params["permutation"] == (0, 1) else transposed(value)
     if is_plain(value):
         viewed = _plain_view(value, eqn, run)
         if viewed is not None:

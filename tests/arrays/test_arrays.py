@@ -273,12 +273,17 @@ def examples():
     codes = codes_of((16, 8), 4, True)
     mask = arrays.bit_mask(dense, keep)
     groups = arrays.n_m(dense, keep, n=2, m=4, axis=0)
+    in_rows = arrays.block_sparse(dense, keep & (np.arange(16) % 6 < 2)[:, None], block=(2, 3))
     scale = jnp.full((1, 8), 0.5)
     single = np.dtype(np.float32)
     return {
         "packed": arrays.pack_bits(codes, 4),
         "masked": mask,
         "nm": groups,
+        "blocks": in_rows,
+        "blocks quantized": arrays.Quantized(
+            arrays.with_entries(in_rows, codes, bits=4, signed=True), scale, None, single
+        ),
         "quantized": arrays.Quantized(arrays.pack_bits(codes, 4), scale, None, single),
         "sparse quantized": arrays.Quantized(
             arrays.with_entries(groups, codes, bits=4, signed=True), scale, None, single
@@ -441,7 +446,7 @@ def test_gradients_reach_every_floating_part():
         (
             lambda: arrays.with_entries(examples()["packed"], np.ones((16, 8))),
             TypeError,
-            "with_entries: `pattern` must be a BitMasked or NM array, got uint8|int8",
+            "with_entries: `pattern` must be a BitMasked, BlockSparse or NM array, got uint8|int8",
         ),
         (
             lambda: arrays.restrict(examples()["nm"], np.ones((8, 16), bool)),

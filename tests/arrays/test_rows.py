@@ -11,6 +11,10 @@ from jaxcompress import arrays
 RNG = np.random.default_rng(0)
 
 
+def in_blocks(*block):
+    return jc.prune(0.5, groups=jc.pruning.blocks(*block))
+
+
 def packed(projection, shape):
     return jc.pack(
         jc.masked(projection, lambda *_: True), jnp.asarray(RNG.normal(size=shape), jnp.float32)
@@ -31,6 +35,13 @@ CASES = {
     "2:4 asymmetric int4": lambda s: packed(
         jc.chain(jc.prune(nm=(2, 4)), jc.quantize(4, symmetric=False)), s
     ),
+    "blocks": lambda s: packed(in_blocks(2, 4), s),
+    "blocks of one axis": lambda s: packed(in_blocks(4), s),
+    "blocks of all axes": lambda s: packed(in_blocks(*(2, 4, 3)[-len(s) :]), s),
+    "asymmetric int4 blocks": lambda s: packed(
+        jc.chain(in_blocks(2, 4), jc.quantize(4, symmetric=False)), s
+    ),
+    "codebook in blocks": lambda s: packed(jc.chain(in_blocks(4), jc.cluster(4)), s),
     "masked codebook": lambda s: packed(jc.chain(jc.prune(0.75), jc.cluster(4)), s),
     "low rank": lambda s: packed(jc.low_rank(2), s),
 }
@@ -80,6 +91,16 @@ def test_nothing_kept_and_no_rows():
     np.testing.assert_array_equal(arrays.take_rows(leaf, jnp.arange(3)), 0 * dense)
     empty = arrays.bit_mask(np.ones((0, 8), np.float32), np.ones((0, 8), bool))
     assert arrays.rows(empty).stacked[0].shape[0] == 0
+    none = arrays.block_sparse(dense, np.zeros((3, 8), bool), block=(2, 4))
+    np.testing.assert_array_equal(arrays.take_rows(none, jnp.arange(3)), 0 * dense)
+    line = arrays.block_sparse(np.arange(5.0), np.arange(5) > 3, block=(2,))
+    np.testing.assert_array_equal(arrays.take_rows(line, jnp.arange(5)), [0, 0, 0, 0, 4])
+
+
+def test_a_row_of_blocks_is_cut_without_the_others():
+    leaf = arrays.block_sparse(np.ones((512, 64)), np.eye(512, 64) > 0, block=(16, 16))
+    cut = jax.jit(arrays.take_rows).lower(leaf, jnp.arange(3)).compile()
+    assert cut.cost_analysis()["flops"] < 512 * 64
 
 
 def test_gradients_reach_the_floating_point_parts():
@@ -109,8 +130,10 @@ def test_specs_of_the_parts():
     assert parts.codes == spec
     assert parts.scale == jax.P(None, "x" if int8.scale.shape[1] > 1 else None)
     assert arrays.partition_specs(CASES["int4"]((8, 16)), spec) is None
-    whole = arrays.partition_specs(CASES["int4"]((8, 16)), jax.P())
-    assert set(jax.tree.leaves(whole, is_leaf=lambda x: isinstance(x, jax.P))) == {jax.P()}
+    assert arrays.partition_specs(CASES["blocks"]((8, 16)), spec) is None
+    for kind in ("int4", "blocks"):
+        whole = arrays.partition_specs(CASES[kind]((8, 16)), jax.P())
+        assert set(jax.tree.leaves(whole, is_leaf=lambda x: isinstance(x, jax.P))) == {jax.P()}
 
 
 @pytest.mark.parametrize(

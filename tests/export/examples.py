@@ -10,6 +10,7 @@ from jaxcompress.arrays import (
     LowRank,
     Quantized,
     bit_mask,
+    block_sparse,
     n_m,
     pack_bits,
     with_entries,
@@ -30,6 +31,7 @@ def quantized(codes, zero_point=None, scale=SCALE, **static):
 def arrays():
     mask, nm = bit_mask(DENSE, PRESENT), n_m(DENSE, PRESENT, n=2, m=4, axis=1)
     ragged = n_m(DENSE, PRESENT & (np.arange(6)[:, None] < 2), n=2, m=4, axis=0)
+    blocks = block_sparse(DENSE, PRESENT & (np.arange(8) < 4), block=(2, 4))
     zero = jnp.full((1, 8), 2, jnp.uint8)
     table = jnp.asarray([0.5, -1.0, 2.0, 3.0], jnp.float32)
     packed = pack_bits(CODES, 2)
@@ -46,11 +48,18 @@ def arrays():
         "nm": nm,
         "nm_ragged": ragged,
         "nm_none": n_m(DENSE, np.zeros_like(PRESENT), n=0, m=4, axis=1),
+        "blocks": blocks,
+        "blocks_ragged": block_sparse(DENSE, PRESENT, block=(4, 3)),
+        "blocks_of_rows": block_sparse(DENSE, DENSE > 1, block=(3,)),
+        "blocks_bfloat16": block_sparse(jnp.asarray(DENSE, jnp.bfloat16), PRESENT, block=(2, 4)),
+        "blocks_none": block_sparse(DENSE, np.zeros_like(PRESENT), block=(2, 4)),
+        "blocks_empty": block_sparse(DENSE[:0], PRESENT[:0], block=(2, 4)),
         "quantized": quantized(jnp.asarray(CODES)),
         "quantized_zero_point": quantized(packed, zero),
         "quantized_groups": quantized(packed, scale=jnp.ones((2, 8), jnp.float32), group=(0, 4)),
         "quantized_binary": quantized(pack_bits(CODES > 1, 1), binary=True),
         "quantized_mask": quantized(with_entries(mask, CODES, bits=2), zero),
+        "quantized_blocks": quantized(with_entries(blocks, CODES, bits=2), zero),
         "quantized_nm": quantized(with_entries(nm, CODES, bits=2)),
         "low_rank": LowRank(jnp.asarray(DENSE[:, :2]), jnp.asarray(DENSE[:2])),
         "low_rank_zero": LowRank(jnp.zeros((6, 0)), jnp.zeros((0, 8))),
@@ -58,6 +67,7 @@ def arrays():
         "codebook": Codebook(packed, table, half),
         "codebook_bytes": Codebook(jnp.asarray(CODES), table, F32),
         "codebook_mask": Codebook(with_entries(mask, CODES, bits=2), table, F32),
+        "codebook_blocks": Codebook(with_entries(blocks, CODES), table, F32),
         "codebook_nm": Codebook(with_entries(ragged, CODES, bits=2), table, F32),
     }
 

@@ -161,6 +161,7 @@ def crafted_arrays():
     change = dataclasses.replace
     short = host(pack_bits(np.zeros(3, np.uint8), 2))
     nm, mask, q, book = a["nm"], a["mask"], a["quantized"], a["codebook"]
+    blocks, none = a["blocks"], a["blocks_none"]
     wide = host(pack_bits(np.full(48 // 2, 3, np.uint8), 2))
     first = np.asarray(np.arange(6) % 3 < 1) & np.ones((6, 6), bool)
     three = host(n_m(DENSE[:, :6], first, n=1, m=3, axis=1))
@@ -181,6 +182,28 @@ def crafted_arrays():
         "mask: plain": change(mask, mask=PRESENT),
         "mask: matrix": change(mask, values=mask.values[None]),
         "mask: none": change(mask, values=None),
+        "blocks: fewer values": change(blocks, values=blocks.values[:-1]),
+        "blocks: shape of values": change(blocks, values=blocks.values.swapaxes(1, 2)),
+        "blocks: flat values": change(blocks, values=blocks.values.reshape(-1)),
+        "blocks: no values": change(blocks, values=None),
+        "blocks: sparse values": change(blocks, values=mask),
+        "blocks: block": change(blocks, block=(4, 2)),
+        "blocks: block of one axis": change(blocks, block=(4,)),
+        "blocks: block of no axis": change(none, block=()),
+        "blocks: block of three axes": change(none, block=(1, 2, 4)),
+        "blocks: block of zero": change(none, block=(0, 4)),
+        "blocks: block longer than the array": change(blocks, block=(2, 9)),
+        "blocks: shape": change(blocks, shape=(8, 6)),
+        "blocks: mask of other shape": change(blocks, mask=host(pack_bits(np.ones(6, int), 1))),
+        "blocks: mask of two bits": change(blocks, mask=host(pack_bits(np.ones((3, 2), int), 2))),
+        "blocks: plain mask": change(blocks, mask=np.ones((3, 2), bool)),
+        "blocks: huge": change(
+            none,
+            mask=Packed(np.zeros((1, 0), np.uint8), (0, 1), False),
+            shape=(0, 1 << 60),
+            block=(1, 1 << 60),
+            values=np.zeros((0, 1, 1 << 60), np.float32),
+        ),
         "nm: values": change(nm, values=nm.values[:-1]),
         "nm: indices": change(nm, indices=short),
         "nm: bits": change(nm, indices=host(pack_bits(np.zeros(24, np.uint8), 3))),
@@ -218,6 +241,9 @@ def crafted_arrays():
         "codebook: range of sparse": change(
             a["codebook_mask"], values=a["codebook_mask"].values[:2]
         ),
+        "codebook: range of blocks": change(
+            a["codebook_blocks"], values=a["codebook_blocks"].values[:2]
+        ),
         "codebook: negative": change(book, codes=CODES.astype(np.int8) - 1),
         "codebook: no values": change(book, values=book.values[:0]),
         "codebook: matrix": change(book, values=book.values[None]),
@@ -249,7 +275,8 @@ def test_crafted_fields_are_refused(tmp_path, monkeypatch, name):
         ("quantized", {"group": 3}),
         ("quantized", {"group": [-1, 4]}), ("quantized", {"binary": None}), ("nm", {"n": "2"}),
         ("nm", {"m": 4.0}), ("nm", {"axis": True}), ("nm", {"more": 1}),
-        ("mask", {"shape": [[6], 8]}),
+        ("mask", {"shape": [[6], 8]}), ("blocks", {"block": None}), ("blocks", {"block": [2, 4.0]}),
+        ("blocks", {"block": [-2, -4]}), ("blocks", {"block": 2}), ("blocks", {"block": []}),
     ],
 )  # fmt: skip
 def test_crafted_static_fields_are_refused(tmp_path, kind, static):

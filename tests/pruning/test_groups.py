@@ -137,6 +137,37 @@ def test_empty_leaves_stay(make, shape):
     assert out["w"].shape == shape
 
 
+def test_a_scalar_is_one_group():
+    p = jc.masked(jc.prune(0.5, groups=pr.whole(), scope="global", floor=None), "**")
+    out = jc.compress(p, {"a": jnp.array(1.0), "b": jnp.array(-2.0)})
+    assert (float(out["a"]), float(out["b"])) == (0.0, -2.0)
+
+
+@pytest.mark.parametrize(
+    ("groups", "shape", "stored"),
+    [
+        (pr.blocks(2, 4), (4, 8), (2, 2, 4)),
+        (pr.blocks(2, 4), (3, 4, 8), (6, 2, 4)),
+        (pr.slices(-1), (3, 5, 4), (2, 3, 5, 1)),
+        (pr.slices(0), (4, 6), (2, 6)),
+        (pr.heads(-1, number=2), (4, 6), (1, 4, 3)),
+    ],
+)
+def test_packed_as_blocks(groups, shape, stored):
+    params = {"w": jnp.asarray(values(shape))}
+    p = jc.prune(0.5, groups=groups)
+    packed = jc.pack(p, params)["w"]
+    assert isinstance(packed, jc.arrays.BlockSparse)
+    assert packed.values.shape == stored
+    np.testing.assert_array_equal(packed.todense(), jc.compress(p, params)["w"])
+
+
+def test_single_weights_are_packed_as_bits():
+    params = {"w": jnp.asarray(values((4, 8)))}
+    packed = jc.pack(jc.prune(0.5, groups=pr.blocks(1, 1)), params)
+    assert isinstance(packed["w"], jc.arrays.BitMasked)
+
+
 def test_jit_compiles_once_and_vmap_equals_a_loop():
     x = jnp.asarray(values((4, 8)))
     one = counting_jit(lambda s: jc.compress(jc.prune(s, groups=pr.blocks(3, 3)), {"w": x})["w"])

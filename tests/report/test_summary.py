@@ -218,6 +218,19 @@ def test_bit_masked():
     assert only({"w": packed}, {"w": w}).ratio == 36 / 128
 
 
+def test_block_sparse():
+    w = sparse_weights()
+    packed = arrays.block_sparse(w, w != 0, block=(4, 2))
+    row = only({"w": w}, {"w": packed})
+    assert (row.kind, row.shape, row.dtype) == ("BlockSparse", (4, 8), "float32")
+    assert (row.nonzero, row.sparsity, row.distinct, row.rank) == (8, 0.75, 6, 2)
+    assert (row.nbytes, row.before_nbytes, row.error) == (2 * 8 * 4 + 1, 128, 0.0)
+    codes = arrays.with_entries(packed, (w * 2).astype(np.int8), bits=4, signed=True)
+    half = arrays.Quantized(codes, jnp.full((1, 1), 0.5), None, dtype=np.dtype(np.float32))
+    row = only(w, half)
+    assert (row.kind, row.error, row.nbytes) == ("Quantized(BlockSparse)", 0.0, 4 * 2 + 1 + 4)
+
+
 def test_kinds_nest():
     w = sparse_weights()
     pattern = arrays.n_m(jnp.asarray(w), jnp.asarray(w != 0), n=2, m=4, axis=1)

@@ -537,6 +537,7 @@ KINDS = {
     "sparse": jc.prune(0.9),
     "2:4": jc.prune(nm=(2, 4)),
     "codebook": jc.cluster(16),
+    "blocks": jc.prune(0.5, groups=jc.pruning.blocks(8, 4)),
     "sparse int4": jc.chain(jc.prune(0.5), jc.quantize(4)),
     "low rank int8": jc.chain(jc.low_rank(4), jc.quantize(8)),
 }
@@ -617,7 +618,18 @@ def test_activations_that_the_function_makes(kind):
     assert rows.ops == ("gather",)
 
 
-@pytest.mark.parametrize("kind", ["low rank", "int8", "int4", "sparse"])
+@pytest.mark.parametrize("rows", [1, 16, 4096])
+def test_blocks_that_are_kept_are_counted(rows):
+    packed = jc.pack(jc.prune(0.9, groups=jc.pruning.blocks(32, 32)), weights(640, 640))
+    (row,) = jc.cost(linear, packed, spec(rows, 640)).rows
+    assert packed["w"].values.shape == (40, 32, 32)
+    assert row.ops == ("dot_general",)
+    # The product, and finding where in the grid of 20 x 20 the blocks lie.
+    assert 0 <= row.flops - 2 * rows * 40 * 32 * 32 < 20 * 20 * 20 + 2 * rows * 40 * 32
+    assert row.param_bytes == packed["w"].nbytes
+
+
+@pytest.mark.parametrize("kind", ["low rank", "int8", "int4", "sparse", "blocks"])
 def test_compressed_layers_in_a_scan(kind):
     def layers(p, x):
         return lax.scan(lambda h, w: (h @ w, None), x, p["w"])[0]

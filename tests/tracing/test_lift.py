@@ -10,6 +10,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import arrays
+from jaxcompress.tracing import _blocks
 from jaxcompress.tracing._interpret import Hooks, interpret
 from jaxcompress.tracing._jaxprs import trace
 from tests.tracing.models import MODELS
@@ -21,6 +22,7 @@ KINDS = {
     "sparse int4": jc.chain(jc.prune(0.8), jc.quantize(4)),
     "2:4": jc.prune(nm=(2, 4)),
     "codebook": jc.cluster(4),
+    "blocks": jc.prune(0.5, groups=jc.pruning.blocks(4, 3)),
 }
 
 
@@ -59,7 +61,9 @@ def compressed_leaves(params):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
-def test_lifted_equals_dense(name, kind):
+def test_lifted_equals_dense(name, kind, monkeypatch):
+    # Blocks are multiplied wherever they can be: for weights as small as these it is not cheaper.
+    monkeypatch.setattr(_blocks, "_is_cheaper", lambda *_: True)
     apply, _, args, weight = model(name)
     small = packed(name, kind)
     assert weight in compressed_leaves(small)

@@ -10,7 +10,12 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
 from jaxcompress import arrays
+from jaxcompress.tracing import _blocks
 from tests.conftest import counting_jit, lenient, mesh_of
+
+
+def in_blocks(*block):
+    return jc.prune(0.5, groups=jc.pruning.blocks(*block))
 
 
 def draw(*shape, seed=0):
@@ -166,6 +171,8 @@ TABLES = {
     "2:4": jc.prune(nm=(2, 4)),
     "sparse": jc.prune(0.6),
     "codebook": jc.cluster(4),
+    "blocks": in_blocks(4, 3),
+    "int8 blocks": jc.chain(in_blocks(4, 4), jc.quantize(8)),
 }
 
 
@@ -193,6 +200,8 @@ CASES = {
     "2:4": jc.prune(nm=(2, 4)),
     "sparse": jc.prune(0.6),
     "codebook": jc.cluster(4),
+    "blocks": in_blocks(4, 3),
+    "int8 blocks": jc.chain(in_blocks(4, 4), jc.quantize(8)),
 }
 kinds = pytest.mark.parametrize("kind", CASES)
 
@@ -245,7 +254,7 @@ class TestTransformations:
         assert y.sharding.spec[0] == "d"
         close(y, np.asarray(x) @ dense_of(small))
 
-    @pytest.mark.parametrize("kind", ["low rank", "int8", "codebook"])
+    @pytest.mark.parametrize("kind", ["low rank", "int8", "codebook", "blocks"])
     def test_parts_are_trained(self, kind):
         small, x = jc.pack(CASES[kind], {"w": draw(16, 8)}), draw(32, 16)
         target = x @ draw(16, 8, seed=1)
@@ -278,6 +287,194 @@ def joined(floats, rest):
     leaves, keep, treedef = rest
     left = iter(floats)
     return treedef.unflatten([next(left) if k else x for x, k in zip(leaves, keep, strict=True)])
+
+
+# Equations that multiply a weight [16, 24], or [24, 16] where it says so, as they come in models.
+USES = {
+    "x @ w": ((5, 16), lambda w, x: x @ w),
+    "sequences": ((2, 3, 16), lambda w, x: x @ w),
+    "one vector": ((16,), lambda w, x: x @ w),
+    "x @ w.T": ((5, 24), lambda w, x: x @ w.T),
+    "w @ x": ((24,), lambda w, x: w @ x),
+    "w @ columns": ((24, 5), lambda w, x: w @ x),
+    "w.T @ columns": ((16, 5), lambda w, x: w.T @ x),
+    "einsum over outputs": ((2, 24, 3), lambda w, x: jnp.einsum("io,aob->aib", w, x)),
+    "einsum in the middle": ((2, 16, 3), lambda w, x: jnp.einsum("io,aib->bao", w, x)),
+}
+BLOCKS = [(5, 7), (16, 24), (1, 1)]
+
+
+@pytest.fixture(params=["whole", "in trips"])
+def multiplied(request, monkeypatch):
+    """Products with blocks also where decoding is cheaper; with few activations at a time."""
+    monkeypatch.setattr(_blocks, "_is_cheaper", lambda *_: True)
+    if request.param == "in trips":
+        monkeypatch.setattr(_blocks, "_TRIP_BYTES", 256)
+    return request.param
+
+
+class TestBlockProducts:
+    @pytest.mark.parametrize("block", BLOCKS)
+    @pytest.mark.parametrize("use", USES)
+    def test_uses_equal_numpy(self, multiplied, use, block):
+        shape, fn = USES[use]
+        w = np.random.default_rng(1).normal(size=(16, 24)).astype(np.float32)
+        present = np.random.default_rng(2).random((16, 24)) < 4 / 384
+        small, x = {"w": arrays.block_sparse(w, present, block=block)}, draw(*shape)
+        lifted = jc.lift(lambda p, x: fn(p["w"], x))
+        text = str(jax.make_jaxpr(lifted)(small, x))
+        assert "f32[16,24]" not in text
+        assert "f32[24,16]" not in text
+        if multiplied == "in trips" and x.ndim > 1 and block != (1, 1):
+            assert "scan[" in text
+        want = fn(np.where(present, w, 0).astype(np.float64), np.asarray(x, np.float64))
+        close(jax.jit(lifted)(small, x), want)
+
+    @pytest.mark.parametrize("rows", [1, 2, 7, 64])
+    def test_batches_that_no_trip_divides(self, multiplied, rows):
+        small, x = (
+            jc.pack(in_blocks(4, 3), {"w": draw(16, 8)}),
+            draw(rows, 16),
+        )
+        close(jc.lift(linear)(small, x), np.asarray(x, np.float64) @ dense_of(small))
+
+    def test_scales_multiply_the_result(self, multiplied):
+        small, x = jc.pack(CASES["int8 blocks"], {"w": draw(16, 8)}), draw(5, 16)
+        lifted = jc.lift(linear)
+        assert "f32[16,8]" not in (text := str(jax.make_jaxpr(lifted)(small, x)))
+        assert "i8[16,8]" not in text
+        close(jax.jit(lifted)(small, x), np.asarray(x, np.float64) @ dense_of(small))
+
+    @pytest.mark.parametrize(
+        "projection", [jc.quantize(4, symmetric=False), jc.quantize(4, axis=0)]
+    )
+    def test_codes_that_can_not_be_multiplied_are_decoded(self, multiplied, projection):
+        # A zero point, which absent entries do not have; scales along the sum.
+        small = jc.pack(jc.chain(in_blocks(4, 4), projection), {"w": draw(16, 8)})
+        x = draw(5, 16)
+        close(jc.lift(linear)(small, x), np.asarray(x, np.float64) @ dense_of(small))
+
+    def test_integer_activations(self, multiplied):
+        small, x = jc.pack(CASES["int8 blocks"], {"w": draw(16, 8)}), draw(5, 16)
+        lifted = jc.lift(linear, activations="dynamic")
+        assert "preferred_element_type=int32" in str(jax.make_jaxpr(lifted)(small, x))
+        close(lifted(small, x), np.asarray(x, np.float64) @ dense_of(small), 1e-2)
+
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    def test_half_precision_is_summed_in_float32(self, multiplied, dtype):
+        small = jc.pack(in_blocks(4, 3), {"w": draw(16, 8).astype(dtype)})
+        x = draw(5, 16).astype(dtype)
+        y = jax.jit(jc.lift(linear))(small, x)
+        assert y.dtype == dtype
+        # One rounding of the result.
+        want = np.asarray(x, np.float64) @ dense_of(small)
+        close(y, want, 0.51 * float(jnp.finfo(dtype).eps))
+
+    def test_gradients_equal_those_of_dense(self, multiplied):
+        small, x = (
+            jc.pack(in_blocks(4, 3), {"w": draw(16, 8)}),
+            draw(7, 16),
+        )
+
+        def pull(fn):
+            loss = lambda p, x: jnp.sum(jnp.square(fn(p, x)))  # noqa: E731
+            grads = jax.jit(jax.grad(loss, argnums=(0, 1), allow_int=True))(small, x)
+            return grads[0]["w"].values, grads[1]
+
+        mine = pull(jc.lift(linear))
+        theirs = pull(lambda p, x: linear(jc.todense(p), x))
+        jax.tree.map(close, mine, theirs)
+
+    def test_vmap_over_places_and_values_equals_a_loop(self, multiplied):
+        made = []
+        for seed in range(3):
+            w = np.asarray(draw(16, 8, seed=seed))
+            keep = np.zeros((16, 8), bool)
+            keep[4 * seed, :5] = keep[15, seed] = True
+            made.append({"w": arrays.block_sparse(w, keep, block=(4, 1))})
+        stacked, x = jax.tree.map(lambda *parts: jnp.stack(parts), *made), draw(5, 16)
+        mapped = jax.jit(jax.vmap(jc.lift(linear), in_axes=(0, None)))(stacked, x)
+        for small, y in zip(made, mapped, strict=True):
+            close(y, np.asarray(x, np.float64) @ dense_of(small))
+
+    def test_sharded_batch_stays_sharded(self, multiplied, monkeypatch):
+        small = jc.pack(in_blocks(4, 3), {"w": draw(16, 8)})
+        if multiplied == "in trips":
+            # Of eight rows, two on each device.
+            monkeypatch.setattr(_blocks, "_TRIP_BYTES", 8 * 4 * 4 * small["w"].values.shape[0])
+        x = jax.device_put(draw(32, 16), NamedSharding(mesh_of("auto"), P("d")))
+        compiled = jax.jit(jc.lift(linear)).lower(small, x).compile()
+        assert "all-gather" not in compiled.as_text()
+        y = compiled(small, x)
+        assert y.sharding.spec[0] == "d"
+        close(y, np.asarray(x) @ dense_of(small))
+
+    def test_inside_of_shard_map(self, multiplied):
+        small, x = (
+            jc.pack(in_blocks(4, 3), {"w": draw(16, 8)}),
+            draw(32, 16),
+        )
+        mapped = jax.shard_map(
+            linear, mesh=mesh_of("auto"), in_specs=(P(), P("d")), out_specs=P("d")
+        )
+        close(jax.jit(jc.lift(mapped))(small, x), np.asarray(x) @ dense_of(small))
+
+    def test_explicit_meshes_decode(self, multiplied):
+        small = jc.pack(in_blocks(4, 3), {"w": draw(16, 8)})
+        sharding = NamedSharding(mesh_of("explicit"), P("d"))
+        whole = NamedSharding(mesh_of("explicit"), P())
+        x = jax.device_put(draw(8, 16), sharding)
+        y = jax.jit(jc.lift(linear))(jax.device_put(small, whole), x)
+        assert y.sharding.spec[0] == "d"
+        close(y, np.asarray(x) @ dense_of(small))
+
+    def test_nothing_kept_and_no_rows(self, multiplied):
+        w, x = draw(16, 8), draw(5, 16)
+        none = {"w": arrays.block_sparse(w, np.zeros((16, 8), bool), block=(4, 4))}
+        np.testing.assert_array_equal(jc.lift(linear)(none, x), np.zeros((5, 8)))
+        small = jc.pack(in_blocks(4, 3), {"w": w})
+        assert jc.lift(linear)(small, x[:0]).shape == (0, 8)
+
+    def test_what_is_not_kept_is_not_multiplied(self, multiplied):
+        keep = np.zeros((16, 8), bool)
+        keep[:4, :4] = True
+        small = {"w": arrays.block_sparse(draw(16, 8), keep, block=(4, 4))}
+        y = jc.lift(linear)(small, draw(5, 16).at[1, 0].set(jnp.nan))
+        assert np.isnan(y[1, :4]).all()
+        assert np.isfinite(np.delete(y, 1, 0)).all()
+        np.testing.assert_array_equal(y[:, 4:], 0)
+
+    def test_products_where_they_are_cheaper(self):
+        def used(shape, block, kept, rows):
+            present = np.zeros(-(-np.array(shape) // block), bool)
+            present.flat[:kept] = True
+            present = np.kron(present, np.ones(block, bool))
+            small = {"w": arrays.block_sparse(np.ones(shape, np.float32), present, block=block)}
+            text = str(jax.make_jaxpr(jc.lift(linear))(small, jnp.ones((rows, shape[0]))))
+            return "([2], [1]), ([0], [0])" in text  # one product for each block
+
+        # A tenth of the blocks, large enough; most of them; tiny ones.
+        assert used((256, 256), (32, 32), 6, rows=256)
+        assert used((256, 256), (32, 32), 6, rows=1)
+        assert used((256, 256), (16, 16), 25, rows=256)
+        assert not used((256, 256), (32, 32), 40, rows=256)
+        assert not used((256, 256), (4, 4), 409, rows=256)
+        assert used((256, 256), (4, 4), 409, rows=1)
+
+    def test_other_weights_are_decoded(self, multiplied):
+        # Blocks along one axis, more axes than two, a sum over both axes.
+        for shape, block, spec in [
+            ((16, 8), (4,), "bi,io->bo"),
+            ((2, 16, 8), (4, 4), "bi,cio->bco"),
+            ((16, 8), (4, 4), "io,io->"),
+            ((16, 8), (4, 4), "i,io->io"),
+        ]:
+            w = draw(*shape)
+            small = {"w": arrays.block_sparse(w, w > 1, block=block)}
+            operand, _ = spec.split("->")[0].split(",")
+            x = draw(*({"b": 5, "i": 16, "o": 8}[a] for a in operand))
+            got = jc.lift(lambda p, x, spec=spec: jnp.einsum(spec, x, p["w"]))(small, x)
+            close(got, np.einsum(spec, np.asarray(x, np.float64), dense_of(small)))
 
 
 class TestNothingElseChanges:
