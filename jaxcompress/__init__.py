@@ -39,6 +39,7 @@ from jaxcompress.projections import pack as pack
 from jaxcompress.projections import partition as partition
 from jaxcompress.projections import project_params as project_params
 from jaxcompress.projections import projected as projected
+from jaxcompress.projections import proximal as proximal
 from jaxcompress.projections import relaxed as relaxed
 from jaxcompress.projections import reparametrized as reparametrized
 from jaxcompress.projections import restricted as restricted

@@ -48,7 +48,11 @@ def number(
     """
     if callable(value):
         return
-    bounds = f"be a real number in [{low}, {high}]"
+    bounds = "be a real number"
+    if low is not None and high is not None:
+        bounds += f" in [{low}, {high}]"
+    elif low is not None or high is not None:
+        bounds += f" of at least {low}" if high is None else f" of at most {high}"
     if value is None or isinstance(value, (bool, str)):
         raise TypeError(message(function, argument, bounds, describe(value), fix))
     if is_traced(value):

@@ -260,6 +260,36 @@ TRANSFORMATIONS = {
         ("reparametrized", "low_rank_factors"),
         tolerance=1e-4,
     ),
+    "proximal": Row(
+        lambda strength=1e-2: optax.chain(
+            _inner(), jc.proximal(jc.pruning.soft_threshold, strength)
+        ),
+        {"strength": [0.0, 1e-2, 0.5]},
+        ("proximal",),
+        tolerance=1e-5,
+    ),
+    "proximal_groups": Row(
+        lambda strength=1e-2, period=2: optax.chain(
+            _inner(), jc.proximal(jc.pruning.group_lasso(jc.pruning.slices(-1)), strength, period)
+        ),
+        {"strength": [1e-2, 0.5], "period": [1, 2]},
+        ("proximal",),
+        tolerance=1e-5,
+    ),
+    "powerpropagation": Row(
+        lambda power=2.0: jc.reparametrized(_inner(), jc.pruning.powerpropagation(power)),
+        {"power": [1.0, 2.5]},
+        ("reparametrized", "powerpropagation"),
+        tolerance=1e-5,
+    ),
+    "hard_concrete": Row(
+        lambda penalty=1e-3, initial_keep=0.9: jc.pruning.hard_concrete(
+            _inner(), penalty, key=jax.random.key(0), initial_keep=initial_keep
+        ),
+        {"penalty": [0.0, 1e-2], "initial_keep": [0.5, 0.9]},
+        ("hard_concrete",),
+        tolerance=1e-4,
+    ),
     "distill": Row(
         lambda weight=0.5, temperature=2.0: optax.chain(
             jc.distill(student, teacher, weight=weight, temperature=temperature), _inner()

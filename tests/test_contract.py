@@ -55,6 +55,7 @@ def test_every_public_name_is_in_a_table():
     covered = {n for row in (*PROJECTIONS.values(), *TRANSFORMATIONS.values()) for n in row.covers}
     elsewhere = set().union(*contract.ELSEWHERE.values())
     rooms = {"rigl", "sparse_evolution", "top_kast", "from_masks", "as_is"}  # as jc.pruning.…
+    rooms |= {"powerpropagation", "hard_concrete"}
     assert public == (covered - rooms) | elsewhere
     makers = (jc.Projection, optax.GradientTransformationExtraArgs, jc.Reparametrization)
     for room in (

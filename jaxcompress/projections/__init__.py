@@ -15,6 +15,8 @@ from jaxcompress.projections._optax import StraightThroughState as StraightThrou
 from jaxcompress.projections._optax import project_params as project_params
 from jaxcompress.projections._optax import projected as projected
 from jaxcompress.projections._optax import straight_through as straight_through
+from jaxcompress.projections._proximal import ProximalState as ProximalState
+from jaxcompress.projections._proximal import proximal as proximal
 from jaxcompress.projections._read import batch_axes as batch_axes
 from jaxcompress.projections._read import compress as compress
 from jaxcompress.projections._read import latent as latent

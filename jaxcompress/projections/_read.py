@@ -17,6 +17,7 @@ from jaxcompress.projections._base import (
 )
 from jaxcompress.projections._combine import Chained, Partitioned, _require_projection
 from jaxcompress.projections._optax import ProjectedState, ProjectState, StraightThroughState
+from jaxcompress.projections._proximal import ProximalState
 from jaxcompress.projections._reparametrize import ReparametrizedState
 from jaxcompress.projections._restrict import RestrictedState
 from jaxcompress.projections._time import Relaxed, Scheduled, Timed, require_hard
@@ -198,7 +199,7 @@ def batch_axes(opt_state: PyTree) -> PyTree:
         >>> step(grid, states, grid)[1].step
         Array(1, dtype=int32)
     """
-    clocked = (*_ADAPTERS, RestrictedState, optax.MultiStepsState)
+    clocked = (*_ADAPTERS, RestrictedState, ProximalState, optax.MultiStepsState)
     has_clock = lambda x: isinstance(x, clocked)  # noqa: E731
     clocks = ("step", "mini_step", "gradient_step")
 

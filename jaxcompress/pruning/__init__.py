@@ -10,6 +10,9 @@ from jaxcompress.pruning._custom import from_masks as from_masks
 from jaxcompress.pruning._custom import nonzero as nonzero
 from jaxcompress.pruning._dynamic import rigl as rigl
 from jaxcompress.pruning._dynamic import sparse_evolution as sparse_evolution
+from jaxcompress.pruning._gates import expected_l0 as expected_l0
+from jaxcompress.pruning._gates import fixed_gates as fixed_gates
+from jaxcompress.pruning._gates import sample_gates as sample_gates
 from jaxcompress.pruning._groups import Groups as Groups
 from jaxcompress.pruning._groups import blocks as blocks
 from jaxcompress.pruning._groups import heads as heads
@@ -19,6 +22,8 @@ from jaxcompress.pruning._groups import largest_score as largest_score
 from jaxcompress.pruning._groups import mean as mean
 from jaxcompress.pruning._groups import slices as slices
 from jaxcompress.pruning._groups import whole as whole
+from jaxcompress.pruning._hard_concrete import Gated as Gated
+from jaxcompress.pruning._hard_concrete import hard_concrete as hard_concrete
 from jaxcompress.pruning._masks import Mask as Mask
 from jaxcompress.pruning._mixtures import balanced as balanced
 from jaxcompress.pruning._mixtures import floored as floored
@@ -30,6 +35,11 @@ from jaxcompress.pruning._overlap import intersection as intersection
 from jaxcompress.pruning._overlap import invert as invert
 from jaxcompress.pruning._overlap import overlap as overlap
 from jaxcompress.pruning._overlap import union as union
+from jaxcompress.pruning._power import powerpropagation as powerpropagation
+from jaxcompress.pruning._proximal import group_lasso as group_lasso
+from jaxcompress.pruning._proximal import hard_threshold as hard_threshold
+from jaxcompress.pruning._proximal import n_of_m as n_of_m
+from jaxcompress.pruning._proximal import soft_threshold as soft_threshold
 from jaxcompress.pruning._prune import prune as prune
 from jaxcompress.pruning._scores import RunningScore as RunningScore
 from jaxcompress.pruning._scores import lamp as lamp
@@ -40,4 +50,10 @@ from jaxcompress.pruning._scores import running_fisher as running_fisher
 from jaxcompress.pruning._scores import saliency as saliency
 from jaxcompress.pruning._select import largest as largest
 from jaxcompress.pruning._select import largest_of_tree as largest_of_tree
+from jaxcompress.pruning._sensitivity import fisher as fisher
+from jaxcompress.pruning._sensitivity import grasp as grasp
+from jaxcompress.pruning._sensitivity import snip as snip
+from jaxcompress.pruning._sensitivity import taylor as taylor
+from jaxcompress.pruning._synflow import synflow as synflow
 from jaxcompress.pruning._top_kast import top_kast as top_kast
+from jaxcompress.pruning._wanda import wanda as wanda

@@ -2,4 +2,5 @@
 
 from jaxcompress.schedules._ramps import cosine as cosine
 from jaxcompress.schedules._ramps import cubic as cubic
+from jaxcompress.schedules._ramps import exponential as exponential
 from jaxcompress.schedules._ramps import linear as linear

@@ -1,4 +1,4 @@
-"""Ramps from one number to another between two steps: linear, cubic, cosine.
+"""Ramps from one number to another between two steps: linear, cubic, cosine, exponential.
 
 They are Optax schedules, with nothing static: all four numbers may be traced, so `jax.vmap`
 sweeps them and a change compiles nothing anew. Steps are read in float32: each one is told
@@ -48,7 +48,7 @@ def cubic(initial: ArrayLike, final: ArrayLike, begin: ArrayLike, end: ArrayLike
     Source: Zhu & Gupta 2017, arXiv:1710.01878, equation 1. Differs: the value is defined at
     every step; hold it between prunings with `jc.every`.
     """
-    return _ramp("cubic", lambda left: left**3, initial, final, begin, end)
+    return _ramp("cubic", _scaled(lambda left: left**3), initial, final, begin, end)
 
 
 def linear(initial: ArrayLike, final: ArrayLike, begin: ArrayLike, end: ArrayLike) -> Schedule:
@@ -78,7 +78,7 @@ def linear(initial: ArrayLike, final: ArrayLike, begin: ArrayLike, end: ArrayLik
         >>> strength(50), strength(250)
         (Array(0., dtype=float32), Array(0.75, dtype=float32))
     """
-    return _ramp("linear", lambda left: left, initial, final, begin, end)
+    return _ramp("linear", _scaled(lambda left: left), initial, final, begin, end)
 
 
 def cosine(initial: ArrayLike, final: ArrayLike, begin: ArrayLike, end: ArrayLike) -> Schedule:
@@ -112,14 +112,55 @@ def cosine(initial: ArrayLike, final: ArrayLike, begin: ArrayLike, end: ArrayLik
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5, one period.
     """
 
-    def shape(left):
-        return 0.5 * (1.0 - jnp.cos(jnp.pi * left))
-
-    return _ramp("cosine", shape, initial, final, begin, end)
+    shape = lambda left: 0.5 * (1.0 - jnp.cos(jnp.pi * left))  # noqa: E731
+    return _ramp("cosine", _scaled(shape), initial, final, begin, end)
 
 
-def _ramp(function, shape, initial, final, begin, end) -> Schedule:
-    """The ramp whose part still to go is `shape` of the fraction of steps still to go."""
+def exponential(initial: ArrayLike, final: ArrayLike, begin: ArrayLike, end: ArrayLike) -> Schedule:
+    r"""The same share of what is left goes at each step: for sparsities.
+
+    .. math:: 1 - s_t = (1 - s_i)\left(\frac{1 - s_f}{1 - s_i}\right)^{(t - t_b)/(t_e - t_b)}
+
+    Args:
+        initial: value up to step `begin`, a scalar, at most 1. May be traced.
+        final: value from step `end` on, a scalar, at most 1. May be traced. At 1 the value
+            jumps there after `begin`.
+        begin: last step at `initial`, a scalar. May be traced.
+        end: first step at `final`, a scalar, at least `begin`. May be traced. Equal to
+            `begin`, it makes a jump there, as in `cubic`.
+
+    Returns:
+        A function from a step (an integer or a float, of any shape) to the value there, in
+        float32; both ends are met to the last bit. A traced number above 1 gives NaN between
+        the ends.
+
+    Raises:
+        TypeError: an argument is not a real number.
+        ValueError: `end` is below `begin`, or `initial` or `final` above 1, where known.
+
+    Cost: a few scalar operations.
+
+    Examples:
+        >>> sparsity = jc.schedules.exponential(0.0, 0.75, 0, 2)
+        >>> sparsity(0), sparsity(1), sparsity(2)
+        (Array(0., dtype=float32), Array(0.5, dtype=float32), Array(0.75, dtype=float32))
+
+    Source: Han et al. 2015, arXiv:1506.02626, prune in rounds; the constant share of each round
+    is that of Frankle & Carbin 2019, arXiv:1803.03635.
+    """
+
+    def between(start, stop, left):
+        dense, sparse = 1.0 - start, 1.0 - stop
+        return 1.0 - jnp.power(dense, left) * jnp.power(sparse, 1.0 - left)
+
+    ramp = _ramp("exponential", between, initial, final, begin, end)
+    _check.number("exponential", "initial", initial, None, 1)
+    _check.number("exponential", "final", final, None, 1)
+    return ramp
+
+
+def _ramp(function, between, initial, final, begin, end) -> Schedule:
+    """The ramp that is `between(initial, final, fraction of steps still to go)`."""
     for name, value in {"initial": initial, "final": final, "begin": begin, "end": end}.items():
         if callable(value):
             raise TypeError(_check.message(function, name, "be a real number", "a schedule"))
@@ -133,8 +174,13 @@ def _ramp(function, shape, initial, final, begin, end) -> Schedule:
         )
         length = jnp.where(last > first, last - first, 1.0)
         left = jnp.clip((last - now) / length, 0.0, 1.0)
-        value = stop + (start - stop) * shape(left)
+        value = between(start, stop, left)
         before, after = now <= first, now >= jnp.maximum(first, last)
         return jnp.where(after, stop, jnp.where(before, start, value))
 
     return schedule
+
+
+def _scaled(shape):
+    """Between the ends by `shape`, of the fraction of steps still to go."""
+    return lambda start, stop, left: stop + (start - stop) * shape(left)

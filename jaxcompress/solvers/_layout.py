@@ -79,7 +79,7 @@ def layouts(
     missing = [path for path in leaves if path not in found]
     if missing:
         rule, got = "have statistics of each chosen leaf", f"none of {missing}"
-        fix = "Calibrate the function that uses them, or choose fewer leaves with jc.masked."
+        fix = "Calibrate the function that uses them, or leave them out: jc.masked, `where`."
         raise ValueError(_check.message(function, "stats", rule, got, fix))
     return {path: _joined(function, path, found[path], leaf) for path, leaf in leaves.items()}
 

@@ -351,7 +351,7 @@ BAD = {
         TypeError,
         "must be static",
     ),
-    "every": (lambda: jc.every(0, jc.prune(0.5)), ValueError, "real number in \\[1"),
+    "every": (lambda: jc.every(0, jc.prune(0.5)), ValueError, "real number of at least 1"),
     "strength": (lambda: jc.relaxed(jc.prune(0.5), 1.5), ValueError, "\\[0, 1\\]"),
     "wrong shapes": (
         lambda: jc.reparametrized(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxcompress as jc
-from jaxcompress.schedules import cosine, cubic, linear
+from jaxcompress.schedules import cosine, cubic, exponential, linear
 
 RAMPS = [linear, cubic, cosine]
 ids = {"ids": lambda ramp: ramp.__name__}
@@ -110,3 +110,41 @@ def test_errors_name_the_argument(ramp):
         ramp(0.0, 1.0, None, 3)
     with pytest.raises(TypeError, match="got a schedule"):
         ramp(jc.schedules.linear(0, 1, 0, 1), 1.0, 0, 3)
+
+
+class TestExponential:
+    def test_each_round_of_lottery_tickets_removes_a_fifth(self):
+        values = exponential(0.0, 1 - 0.8**10, 3, 13)(jnp.arange(16))
+        rounds = np.clip(np.arange(16) - 3, 0, 10)
+        np.testing.assert_allclose(values, 1 - 0.8**rounds, atol=1e-6)
+        assert values[-1] == np.float32(1 - 0.8**10)
+
+    @settings(derandomize=True, deadline=None, max_examples=20)
+    @given(st.floats(0, 1, width=32), st.floats(0, 1 - 2**-10, width=32), st.integers(1, 50))
+    def test_equals_the_formula_everywhere(self, initial, final, length):
+        steps = np.arange(length + 1)
+        got = exponential(initial, final, 0, length)(steps)
+        dense, sparse = 1 - np.float64(initial), 1 - np.float64(final)
+        expected = 1 - dense ** (1 - steps / length) * sparse ** (steps / length)
+        expected[-1] = final  # at initial 1 nothing is left to take a share of
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+    def test_to_nothing_left_is_a_jump(self):
+        np.testing.assert_array_equal(exponential(0.5, 1.0, 1, 3)(jnp.arange(4)), [0.5, 0.5, 1, 1])
+
+    def test_numbers_are_traced_and_have_gradients(self):
+        final = jnp.array([0.5, 0.9])
+        together = jax.jit(jax.vmap(lambda f: exponential(0.0, f, 0, 4)(2)))(final)
+        np.testing.assert_allclose(together, 1 - np.sqrt(1 - np.asarray(final)), rtol=1e-6)
+        for step in (0.0, 1.0, 4.0, 5.0):
+            for last in (0.9, 1.0):
+                slopes = jax.grad(lambda *a: exponential(*a[:4])(a[4]), (0, 4))
+                assert np.isfinite(slopes(0.2, last, 0.0, 4.0, step)).all()
+
+    def test_errors_name_the_argument(self):
+        with pytest.raises(ValueError, match=r"exponential: `final` .* of at most 1, got 1\.5"):
+            exponential(0.0, 1.5, 0, 3)
+        with pytest.raises(ValueError, match=r"exponential: `end` must be at least `begin` \(7\)"):
+            exponential(0.0, 0.5, 7, 3)
+        with pytest.raises(TypeError, match="`initial` must be a real number, got a schedule"):
+            exponential(linear(0, 1, 0, 1), 0.5, 0, 3)
