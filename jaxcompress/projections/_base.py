@@ -7,6 +7,7 @@ import jax
 import optax
 
 from jaxcompress import _check, tree
+from jaxcompress._sharding import place_like
 from jaxcompress._types import PyTree
 from jaxcompress.projections._rows import Rows
 
@@ -99,8 +100,10 @@ def of_leaves(
         return jax.tree.map(lambda w, s: s.project(w), params, _unflat(params, structure))
 
     def kept(params, structure):
-        held = _unflat(params, structure)
-        return jax.tree.map(lambda w, s: getattr(s, "keep", True), params, held)
+        def leaf(w, s):
+            return place_like(s.keep, w) if hasattr(s, "keep") else True
+
+        return jax.tree.map(leaf, params, _unflat(params, structure))
 
     def observe_flat(params, structure, *, grads=None, step=0):
         seen = observe(params, _unflat(params, structure), grads=grads, step=step)  # pyright: ignore[reportOptionalCall]

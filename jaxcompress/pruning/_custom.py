@@ -97,9 +97,9 @@ def from_masks(masks: PyTree, *, nm: tuple[int, int] | None = None, axis: int = 
 
         def leaf(path, w):
             if nm is None:
-                return Mask(given[path])
+                return Mask.of(given[path])
             along = 0 if w.ndim == 1 else _check.axis("from_masks", "axis", axis, w.ndim, path)
-            return Mask(given[path], nm, along)
+            return Mask.of(given[path], nm=nm, axis=along)
 
         return tree.map_arrays_with_path(leaf, params)
 
@@ -128,7 +128,7 @@ def as_is() -> Projection:
 
         def leaf(path, w):
             _check.floating("as_is", "params", w, path)
-            return Mask(w != 0)
+            return Mask.of(w != 0)
 
         return tree.map_arrays_with_path(leaf, params)
 

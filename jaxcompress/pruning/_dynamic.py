@@ -139,12 +139,12 @@ def _exchange(
         counts = leaf_counts(params, params, fraction_at(sparsity, step), budget)
         if previous is None:
             scores, _ = scores_of(first, params, None, grads, step)
-            return tree.map_arrays_with_path(lambda p, x: Mask(largest(x, counts[p])), scores)
+            return tree.map_arrays_with_path(lambda p, x: Mask.of(largest(x, counts[p])), scores)
         grads = jax.tree.map(lambda _: None, params) if grads is None else grads
         drop = fraction_at(drop_fraction, step)
 
         def leaf(path, w, g, mask: Mask):
-            return _renewed(w, growth(path, w, g, step), mask.keep, counts[path], drop)
+            return _renewed(w, growth(path, w, g, step), mask.keep_like(w), counts[path], drop)
 
         return tree.map_arrays_with_path(leaf, params, grads, previous)
 
@@ -160,7 +160,7 @@ def _renewed(
     surviving = jnp.minimum(count - jnp.minimum(exchanged, count), living)
     survivors = largest(_ranked(magnitude(w), keep), surviving)
     grown = largest(_ranked(growth, ~survivors), count - surviving)
-    return Mask(survivors | grown)
+    return Mask.of(survivors | grown)
 
 
 def _ranked(scores: jax.Array, candidates: jax.Array) -> jax.Array:

@@ -126,7 +126,7 @@ def prune(
 
         def leaf(path, kept, statistic):
             block = None if groups is None else groups.block(path, kept.shape)
-            return Mask(kept, statistic=statistic, block=block)
+            return Mask.of(kept, statistic=statistic, block=block)
 
         return tree.map_arrays_with_path(leaf, keep, statistics)
 
@@ -187,7 +187,9 @@ def _prune_n_of_m(nm: tuple[int, int], axis: int | Mapping[str, int], score: Sco
                 text = _check.message("prune", "params", rule, _check.describe(x), fix, path=path)
                 raise ValueError(text)
             along = 0 if x.ndim == 1 else _check.axis("prune", "axis", chosen(path), x.ndim, path)
-            return Mask(keep_n_of_m(x, n, m=m, axis=along), (n, m), along, statistic)
+            return Mask.of(
+                keep_n_of_m(x, n, m=m, axis=along), nm=(n, m), axis=along, statistic=statistic
+            )
 
         return tree.map_arrays_with_path(leaf, scores, statistics)
 

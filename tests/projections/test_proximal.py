@@ -279,7 +279,9 @@ def test_what_does_not_fit_is_refused():
     params = {"w": jnp.ones((2, 2)), "n": jnp.ones((2, 2), jnp.int32)}
     with pytest.raises(TypeError, match=r"proximal: `operator` must be a function"):
         proximal("l1", 0.1)
-    with pytest.raises(ValueError, match=r"proximal: `strength` must be a real number of at least 0"):
+    with pytest.raises(
+        ValueError, match=r"proximal: `strength` must be a real number of at least 0"
+    ):
         proximal(soft_threshold, -0.1)
     with pytest.raises(ValueError, match=r"proximal: `period` must"):
         proximal(soft_threshold, 0.1, 0)

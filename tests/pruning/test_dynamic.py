@@ -169,7 +169,7 @@ class TestSparseEvolution:
 
     def test_growth_is_uniform_over_the_dead(self):
         params = {"w": jnp.arange(1.0, 17.0).reshape(4, 4)}
-        first = {"w": jc.pruning.Mask(jnp.arange(16).reshape(4, 4) >= 12)}
+        first = {"w": jc.pruning.Mask.of(jnp.arange(16).reshape(4, 4) >= 12)}
 
         def grown(key):
             p = pr.sparse_evolution(0.75, 0.5, key=key)

@@ -165,3 +165,26 @@ class TestAlgebra:
     def test_bad_input(self, second, error, text):
         with pytest.raises(error, match=text):
             pr.overlap({"w": jnp.ones(3, bool)}, second)
+
+
+class TestBits:
+    @pytest.mark.parametrize("shape", [(), (0,), (5,), (8,), (16, 8), (3, 11), (2, 3, 17), (4, 0)])
+    def test_are_those_of_numpy(self, shape):
+        keep = np.random.default_rng(0).random(shape) < 0.5
+        mask = jc.pruning.Mask.of(jnp.asarray(keep))
+        if shape:
+            np.testing.assert_array_equal(mask.bits, np.packbits(keep, -1, bitorder="little"))
+        np.testing.assert_array_equal(mask.keep, keep)
+        assert mask.keep.dtype == bool
+
+    def test_cost_a_thirty_second_of_float32(self):
+        held = jc.prune(0.5).find({"w": jnp.ones((16, 64))})["w"]
+        assert held.nbytes == 16 * 64 * 4 // 32
+        assert jc.tree.nbytes(held) == held.nbytes
+
+    def test_are_read_within_the_masked_product(self):
+        """The compiled projection never writes a mask of one byte per weight."""
+        w = jax.random.normal(jax.random.key(0), (64, 256))
+        p = jc.prune(0.5)
+        compiled = jax.jit(p.project).lower({"w": w}, p.find({"w": w})).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < w.size // 8

@@ -169,7 +169,9 @@ def test_edges():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"powerpropagation: `power` must be a real number of at least 1"):
+    with pytest.raises(
+        ValueError, match=r"powerpropagation: `power` must be a real number of at least 1"
+    ):
         powerpropagation(0.5)
     with pytest.raises(TypeError, match=r"`power` must be a number, got a schedule"):
         powerpropagation(lambda step: 2.0)
