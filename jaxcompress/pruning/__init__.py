@@ -55,5 +55,7 @@ from jaxcompress.pruning._sensitivity import grasp as grasp
 from jaxcompress.pruning._sensitivity import snip as snip
 from jaxcompress.pruning._sensitivity import taylor as taylor
 from jaxcompress.pruning._synflow import synflow as synflow
+from jaxcompress.pruning._tickets import Ticket as Ticket
+from jaxcompress.pruning._tickets import lottery_tickets as lottery_tickets
 from jaxcompress.pruning._top_kast import top_kast as top_kast
 from jaxcompress.pruning._wanda import wanda as wanda

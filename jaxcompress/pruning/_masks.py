@@ -105,7 +105,8 @@ def _pack_bits(keep: jax.Array) -> jax.Array:
     if keep.ndim == 0:
         return keep.astype(jnp.uint8)
     if is_explicit(keep):
-        return jax.sharding.auto_axes(_pack_bits, out_sharding=_of_bytes(keep))(keep)
+        packed: Any = jax.sharding.auto_axes(_pack_bits, out_sharding=_of_bytes(keep))
+        return packed(keep)
     *rest, length = keep.shape
     count = -(-length // 8)
     whole = jnp.pad(keep, [(0, 0)] * len(rest) + [(0, 8 * count - length)])
@@ -119,7 +120,8 @@ def _unpack_bits(bits: jax.Array, length: int | None) -> jax.Array:
     if is_explicit(bits):
         spread = functools.partial(_unpack_bits, length=length)
         spec = jax.sharding.PartitionSpec(*jax.typeof(bits).sharding.spec[:-1], None)
-        return jax.sharding.auto_axes(spread, out_sharding=spec)(bits)
+        unpacked: Any = jax.sharding.auto_axes(spread, out_sharding=spec)
+        return unpacked(bits)
     *rest, count = bits.shape
     eights = (bits[..., None] >> _places(bits.ndim)) & np.uint8(1)
     return eights.reshape(*rest, 8 * count)[..., :length].astype(bool)
