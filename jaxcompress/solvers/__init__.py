@@ -8,6 +8,7 @@ from jaxcompress.solvers._hessian import prepare as prepare
 from jaxcompress.solvers._layout import Layout as Layout
 from jaxcompress.solvers._layout import layouts as layouts
 from jaxcompress.solvers._refit import refit as refit
+from jaxcompress.solvers._sequential import sequential as sequential
 from jaxcompress.solvers._surgeon import RemovalTrace as RemovalTrace
 from jaxcompress.solvers._surgeon import Surgery as Surgery
 from jaxcompress.solvers._surgeon import removal_trace as removal_trace

@@ -80,7 +80,8 @@ def compress(
         True
 
     Source: Frantar & Alistarh 2023, arXiv:2301.00774; Frantar et al. 2022, arXiv:2210.17323.
-    Differs: the first rows of all layouts come first (no reordering by activations).
+    Differs: the first rows of all layouts come first (no reordering by activations). To calibrate
+    each layer behind those that are compressed already use `jc.solvers.sequential`.
     """
     if stats is None:
         return projections.compress(projection, params, step=step)
@@ -88,15 +89,37 @@ def compress(
         return projections.compress(projection, params)  # for its error
     _check.number("compress", "damping", damping, 0.0)
     _check.integer("compress", "block_size", block_size, 1)
-    step = jnp.asarray(step, jnp.int32)
-    uses: dict[str, list[tuple[RowRule, Any, int | None]]] = {}
-    for rows in rows_of(projection, params, step):
+    uses = uses_of(projection, params, step)
+    new = solve("compress", uses, params, stats, damping, block_size)
+    return tree.map_with_path(lambda path, w: new.get(path, w), params)
+
+
+Uses = dict[str, list[tuple[RowRule, Any, int | None]]]
+"""From the path of a leaf to the rules by which its rows are projected, and their data."""
+
+
+def uses_of(projection: Projection, params: PyTree, step: int | jax.Array) -> Uses:
+    """What `projection` will do to each leaf that it chooses, found on `params`."""
+    uses: Uses = {}
+    for rows in rows_of(projection, params, jnp.asarray(step, jnp.int32)):
         for path, data in rows.data.items():
             uses.setdefault(path, []).append((rows.rule, data, rows.innermost.get(path)))
+    return uses
+
+
+def solve(
+    function: str,
+    uses: Uses,
+    params: PyTree,
+    stats: Mapping[str, Statistics],
+    damping: ArrayLike,
+    block_size: int,
+) -> dict[str, jax.Array]:
+    """The new leaf of each path in `uses`."""
     leaves = {path: w for path, w in tree.leaves_with_paths(params) if path in uses}
     batches: dict[Any, list[_Job]] = {}
-    for path, (layout, several) in layouts("compress", stats, leaves).items():
-        gram = gram_of("compress", path, several, layout)
+    for path, (layout, several) in layouts(function, stats, leaves).items():
+        gram = gram_of(function, path, several, layout)
         job = _job(path, leaves[path], layout, gram, uses[path])
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (job.w, job.data))
         key = (tuple(map(id, job.rules)), str(shapes))
@@ -104,7 +127,7 @@ def compress(
     new = {}
     for jobs in batches.values():
         new.update(_solved(jobs, jnp.asarray(damping), block_size))
-    return tree.map_with_path(lambda path, w: new.get(path, w), params)
+    return new
 
 
 class _Job(NamedTuple):
