@@ -101,7 +101,8 @@ def of_leaves(
 
     def kept(params, structure):
         def leaf(w, s):
-            return place_like(s.keep, w) if hasattr(s, "keep") else True
+            keep = getattr(s, "keep", None)
+            return True if keep is None else place_like(keep, w)
 
         return jax.tree.map(leaf, params, _unflat(params, structure))
 

@@ -102,7 +102,7 @@ class TestRestricted:
         state = opt.init(contract.params())
         axes = jc.batch_axes(state)
         assert axes.step is None
-        assert axes.structure.inner["a/kernel"].keep == 0
+        assert axes.structure.inner["a/kernel"].bits == 0
 
 
 class TestDecay:
