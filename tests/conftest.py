@@ -1,6 +1,7 @@
 """Eight fake CPU devices, strict promotion: set before JAX starts."""
 
 import functools
+import itertools
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -14,6 +15,17 @@ import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+_tests_done = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs_at_a_time():
+    """Compiled programs are mapped memory: a process of thousands of tests runs out of maps."""
+    yield
+    if next(_tests_done) % 100 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
