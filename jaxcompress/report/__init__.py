@@ -2,6 +2,7 @@
 
 from jaxcompress.report._figures import figure as figure
 from jaxcompress.report._figures import tradeoff as tradeoff
+from jaxcompress.report._masks import masks as masks
 from jaxcompress.report._panels import histograms as histograms
 from jaxcompress.report._panels import spectra as spectra
 from jaxcompress.report._summary import LeafRow as LeafRow

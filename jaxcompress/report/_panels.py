@@ -60,14 +60,14 @@ def histograms(
 
     _check.integer("histograms", "bins", bins, 1)
     _check.integer("histograms", "limit", limit, 1)
-    leaves, remarks = _chosen("histograms", params, after, where, limit)
+    leaves, remarks = largest_chosen("histograms", params, after, where, limit)
     columns = 2 if len(leaves) == 4 else min(3, len(leaves))
     lines = math.ceil(len(leaves) / columns)
     made = new_figure(max(4.6, 3.6 * columns), 0.5 + 2.4 * lines)
     for place, (path, first, second) in enumerate(leaves):
         axes = made.add_subplot(lines, columns, place + 1)
-        one = _pull("histograms", path, first).reshape(-1)
-        two = None if second is None else _pull("histograms", path, second).reshape(-1)
+        one = concrete("histograms", path, first).reshape(-1)
+        two = None if second is None else concrete("histograms", path, second).reshape(-1)
         edges = _edges([one] if two is None else [one, two], bins)
         dress(axes, short(path, 40), ylabel="density" if place % columns == 0 else "")
         axes.axvline(0.0, color="#cccccc", linewidth=0.8, zorder=0)
@@ -140,7 +140,7 @@ def spectra(
     from jaxcompress.report._canvas import COLORS, dress, new_figure, remark, short
 
     _check.integer("spectra", "limit", limit, 1, len(COLORS))
-    leaves, remarks = _chosen("spectra", params, after, where, limit, least=2)
+    leaves, remarks = largest_chosen("spectra", params, after, where, limit, least=2)
     made = new_figure(9.0, 3.7 + 0.2 * math.ceil(len(leaves) / 2))
     decay, energy = made.subplots(1, 2)
     handles, names = [], []
@@ -149,7 +149,7 @@ def spectra(
         for leaf, dashed in ((first, second is not None), (second, False)):
             if leaf is None:
                 continue
-            dense = _pull("spectra", path, leaf)
+            dense = concrete("spectra", path, leaf)
             reason = _undrawable(dense)
             if reason:
                 which = "" if second is None else " before" if dashed else " after"
@@ -175,7 +175,7 @@ def spectra(
     return made
 
 
-def _chosen(
+def largest_chosen(
     function: str, params: PyTree, after: PyTree | None, where: Any, limit: int, least: int = 0
 ) -> tuple[list[tuple[str, Any, Any]], list[str]]:
     """The `limit` largest chosen leaves in tree order, and a note on the others."""
@@ -193,7 +193,7 @@ def _chosen(
     return kept, [text] if others else []
 
 
-def _pull(function: str, path: str, leaf: Any) -> np.ndarray:
+def concrete(function: str, path: str, leaf: Any) -> np.ndarray:
     dense = host(function, path, leaf)
     if dense is None:
         rule, got = "hold concrete arrays", f"an abstract {_check.describe(leaf)}"

@@ -10,13 +10,14 @@ import numpy as np
 from jaxcompress import arrays, tree
 from jaxcompress._types import PyTree
 from jaxcompress.report._leaves import host, paired_leaves, unit_matrix
+from jaxcompress.report._pattern import pattern
 
 
 class LeafRow(NamedTuple):
     """The facts of one leaf, or of all leaves together.
 
     A fact is None where it is not defined: those that need data for an abstract leaf, the
-    last three with one tree, shape and rank and number of values of a total.
+    last ones with one tree, shape and rank and number of values of a total.
 
     Attributes:
         path: as `jaxcompress.tree` writes it, `"encoder/0/kernel"`; `"total"` for the total.
@@ -36,6 +37,11 @@ class LeafRow(NamedTuple):
         error: `|after - before|_F / |before|_F`, with 0 / 0 = 0.
         before_nbytes: stored bytes before.
         ratio: `before_nbytes / nbytes`, with 0 / 0 = 1.
+        pattern: of the zeros, as found: `"4×4 blocks"` (each zero as a whole or without a zero),
+            `"2:4 along axis -2"`, `"unstructured"`, `"all zero"`, or empty without zeros. Of the
+            total what all leaves with zeros have in common, else `"mixed"`.
+        overlap: of the entries that are not zero before or after, the part that is in both
+            (Jaccard's index), with 0 / 0 = 1.
     """
 
     path: str
@@ -52,6 +58,8 @@ class LeafRow(NamedTuple):
     error: float | None
     before_nbytes: int | None
     ratio: float | None
+    pattern: str | None = ""
+    overlap: float | None = None
 
 
 class Summary(NamedTuple):
@@ -120,25 +128,34 @@ def summary(params: PyTree, after: PyTree | None = None, *, ranks: bool = True) 
          ──────────────────────────────────────────────
          total                         4  25.0%   16 B
     """
-    rows, squares = [], []
+    rows, pairs = [], []
     for path, first, second in paired_leaves("summary", params, after):
-        row, square = _row(path, first, second, ranks)
+        row, pair = _row(path, first, second, ranks)
         rows.append(row)
-        squares.append(square)
-    return Summary(rows, _total(rows, squares, after is not None))
+        pairs.append(pair)
+    return Summary(rows, _total(rows, pairs, after is not None))
 
 
-def _row(path: str, first: Any, second: Any | None, ranks: bool) -> tuple[LeafRow, Any]:
-    """The row of one leaf, and its squared error and norm (None for what has no weight)."""
+class _Pair(NamedTuple):
+    """What a total needs of two leaves: errors and norms, and entries that are not zero."""
+
+    square: float
+    norm: float
+    both: int
+    either: int
+
+
+def _row(path: str, first: Any, second: Any | None, ranks: bool) -> tuple[LeafRow, _Pair | None]:
+    """The row of one leaf, and how it compares; None with one tree or for want of data."""
     leaf = first if second is None else second
     parameters, nbytes = math.prod(leaf.shape), tree.nbytes(leaf)
     dense = host("summary", path, leaf)
     nonzero = None if dense is None else int(np.count_nonzero(dense))
     before_nbytes = None if second is None else tree.nbytes(first)
-    square = None
+    pair = None
     if second is not None:
         before = host("summary", path, first)
-        square = None if dense is None or before is None else _squares(before, dense)
+        pair = None if dense is None or before is None else _compared(before, dense)
     row = LeafRow(
         path=path,
         shape=tuple(leaf.shape),
@@ -151,21 +168,29 @@ def _row(path: str, first: Any, second: Any | None, ranks: bool) -> tuple[LeafRo
         distinct=None if dense is None else len(np.unique(dense)),
         rank=_rank(leaf, dense, ranks),
         nbytes=nbytes,
-        error=None if square is None else _relative(*square),
+        error=None if pair is None else _relative(pair.square, pair.norm),
         before_nbytes=before_nbytes,
         ratio=_ratio(before_nbytes, nbytes),
+        pattern=None if dense is None else pattern(dense),
+        overlap=None if pair is None else _overlap(pair.both, pair.either),
     )
     weighs = any(jnp.issubdtype(x.dtype, jnp.inexact) for x in (first, leaf))
-    return row, (square if weighs else (0.0, 0.0))
+    return row, (pair if weighs else _Pair(0.0, 0.0, 0, 0))
 
 
-def _total(rows: list[LeafRow], squares: list[Any], two: bool) -> LeafRow:
+def _total(rows: list[LeafRow], pairs: list[_Pair | None], two: bool) -> LeafRow:
     parameters = sum(row.parameters for row in rows)
     nbytes = sum(row.nbytes for row in rows)
     nonzero = _sum([row.nonzero for row in rows])
     before_nbytes = _sum([row.before_nbytes for row in rows]) if two else None
-    known = two and all(square is not None for square in squares)
-    error = _relative(*(sum(s[i] for s in squares) for i in (0, 1))) if known else None
+    known = [pair for pair in pairs if pair is not None]
+    all_known = two and len(known) == len(pairs)
+    sums = (
+        _Pair(*(sum(column) for column in zip(*known, strict=True)))
+        if known
+        else _Pair(0.0, 0.0, 0, 0)
+    )
+    found = {row.pattern for row in rows} - {""}
     return LeafRow(
         path="total",
         shape=None,
@@ -178,9 +203,11 @@ def _total(rows: list[LeafRow], squares: list[Any], two: bool) -> LeafRow:
         distinct=None,
         rank=None,
         nbytes=nbytes,
-        error=error,
+        error=_relative(sums.square, sums.norm) if all_known else None,
         before_nbytes=before_nbytes,
         ratio=_ratio(before_nbytes, nbytes),
+        pattern="mixed" if len(found) > 1 else found.pop() if found else "",
+        overlap=_overlap(sums.both, sums.either) if all_known else None,
     )
 
 
@@ -202,6 +229,16 @@ def _relative(square: float, norm: float) -> float:
     if norm == 0.0:
         return 0.0 if square == 0.0 else math.nan if math.isnan(square) else math.inf
     return math.sqrt(square / norm)
+
+
+def _overlap(both: int, either: int) -> float:
+    return both / either if either else 1.0
+
+
+def _compared(before: np.ndarray, after: np.ndarray) -> _Pair:
+    one, two = before != 0, after != 0
+    both, either = (int(np.count_nonzero(x)) for x in (one & two, one | two))
+    return _Pair(*_squares(before, after), both, either)
 
 
 def _squares(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:

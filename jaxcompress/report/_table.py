@@ -134,12 +134,20 @@ def _columns(summary: Summary) -> list[tuple[str, Any]]:
         for row in rows
     )
     deficient = any(row.rank is not None and row.rank < _full(row) for row in rows)
+    patterned = any(row.pattern and row.pattern != "unstructured" for row in rows)
+    # Where nothing was zero before, the overlap only repeats what lives.
+    sparse = any(
+        row.overlap is not None and abs(row.overlap - (1 - (row.sparsity or 0))) > 1e-9
+        for row in rows
+    )
     columns = [
         ("leaf", lambda row: path_name(row.path), True),
         ("shape", _shape, True),
         ("stored as", lambda row: row.dtype if row.kind == "dense" else row.kind, True),
         ("params", lambda row: f"{row.parameters:,}", True),
         ("zeros", lambda row: _percent(row.sparsity), any(row.sparsity for row in rows)),
+        ("pattern", lambda row: BLANK if row.pattern is None else row.pattern, patterned),
+        ("overlap", lambda row: _percent(row.overlap), two and sparse),
         ("bits", lambda row: f"{row.bits:.2f}".rstrip("0").rstrip("."), packed),
         ("values", _values, few),
         ("rank", _rank, deficient),

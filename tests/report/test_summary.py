@@ -37,6 +37,7 @@ def test_one_dense_leaf_counted_by_hand():
         error=None,
         before_nbytes=None,
         ratio=None,
+        pattern="2×1 blocks",
     )
 
 
@@ -44,7 +45,21 @@ def test_total_of_one_tree():
     params = {"w": np.eye(4, dtype=np.float32), "b": np.zeros(4, np.float16)}
     total = summary(params).total
     assert total == LeafRow(
-        "total", None, "", "", 20, 4, 1 - 4 / 20, 8 * 72 / 20, None, None, 72, None, None, None
+        "total",
+        None,
+        "",
+        "",
+        20,
+        4,
+        1 - 4 / 20,
+        8 * 72 / 20,
+        None,
+        None,
+        72,
+        None,
+        None,
+        None,
+        "mixed",
     )
     assert (total.parameters, total.nbytes) == (tree.size(params), tree.nbytes(params))
 
@@ -124,10 +139,10 @@ def test_empty_and_scalar_leaves():
     empty, scalar = summary([np.zeros((0, 4), np.float32), np.float32(0)]).rows
     assert (empty.parameters, empty.sparsity, empty.bits, empty.distinct) == (0, 0.0, 0.0, 0)
     assert (scalar.shape, scalar.parameters, scalar.sparsity) == ((), 1, 1.0)
-    assert only(np.zeros((0, 4)), np.zeros((0, 4)))[-3:] == (0.0, 0, 1.0)
+    assert only(np.zeros((0, 4)), np.zeros((0, 4)))[-5:-2] == (0.0, 0, 1.0)
     nothing = summary({})
     assert nothing.rows == []
-    assert nothing.total[4:] == (0, 0, 0.0, 0.0, None, None, 0, None, None, None)
+    assert nothing.total[4:-2] == (0, 0, 0.0, 0.0, None, None, 0, None, None, None)
     assert summary({}, {}).total.error == 0.0
 
 
@@ -289,3 +304,27 @@ def test_summary_is_a_named_tuple():
     assert isinstance(made, Summary)
     rows, total = made
     assert (rows, total) == (made.rows, made.total)
+
+
+class TestOverlap:
+    def test_is_the_index_of_jaccard(self):
+        before = {"a": np.array([1.0, 2.0, 0.0, 0.0]), "b": np.array([1.0, 0.0])}
+        after = {"a": np.array([0.0, 5.0, 6.0, 0.0]), "b": np.array([3.0, 0.0])}
+        made = summary(before, after)
+        assert [row.overlap for row in made.rows] == [1 / 3, 1.0]
+        assert made.total.overlap == 2 / 4
+        assert "overlap" in str(made)
+        assert summary(before).total.overlap is None
+
+    def test_is_not_shown_of_what_was_dense(self):
+        dense, sparse = {"w": np.ones(4)}, {"w": np.array([1.0, 0.0, 0.0, 1.0])}
+        made = summary(dense, sparse)
+        assert made.rows[0].overlap == 0.5
+        assert "overlap" not in str(made)
+        assert "overlap" not in str(summary(dense, dense))
+
+    def test_of_nothing_is_all_and_of_abstract_leaves_unknown(self):
+        assert only({"w": np.zeros(3)}, {"w": np.zeros(3)}).overlap == 1.0
+        abstract = {"w": jax.ShapeDtypeStruct((3,), np.float32)}
+        made = summary(abstract, {"w": np.zeros(3)})
+        assert (made.rows[0].overlap, made.total.overlap) == (None, None)
