@@ -17,6 +17,8 @@ import jaxcompress as jc
 ROOT = pathlib.Path(jc.__file__).parents[1]
 NOTEBOOK = ROOT / "colabs" / "quickstart.ipynb"
 QUICKSTART = ROOT / "examples" / "quickstart.py"
+STUDY = ROOT / "examples" / "pruning_study.py"
+STUDY_RESULTS = ROOT / "examples" / "pruning_study_results.json"
 RESULTS = ROOT / "examples" / "quickstart_results.json"
 METHODS = [
     "teacher",
@@ -167,6 +169,45 @@ def test_tracing_example():
     assert abs(accuracy["int8, integer products"] - accuracy["float32"]) < 3
     size = {name: int(row[2].replace(",", "")) for name, row in ways.items()}
     assert size["int8"] < 0.27 * size["float32"]
+
+
+def test_pruning_study(tmp_path):
+    name = "RigL"
+    command = [sys.executable, str(STUDY), "--out", str(tmp_path), "--steps", "10"]
+    run = subprocess.run(
+        [*command, "--seeds", "0", "1", "--only", name],
+        capture_output=True, text=True, timeout=300, env=user_environment(), cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert name in run.stdout
+    record = json.loads((tmp_path / "results.json").read_text())
+    (result,) = record["results"]
+    assert np.shape(result["accuracy"]) == (4, 2)
+    assert (tmp_path / "accuracy_against_sparsity.png").read_bytes().startswith(PNG)
+
+
+def test_pruning_study_beats_random_masks():
+    """At 95% each method is better than held random masks by over two standard errors."""
+    record = json.loads(STUDY_RESULTS.read_text())
+    at = record["sparsities"].index(0.95)
+    found = {r["method"]: np.asarray(r["accuracy"][at]) for r in record["results"]}
+    random = found.pop("random, held")
+    assert len(random) == 5
+    assert {"magnitude, gradual", "SET", "RigL", "GraNet", "Top-KAST"} <= set(found)
+    for name, accuracy in found.items():
+        error = np.sqrt((accuracy.var(ddof=1) + random.var(ddof=1)) / len(random))
+        assert accuracy.mean() - random.mean() > 2 * error, name
+
+
+def test_pruning_study_in_the_readme_is_the_committed_record():
+    record = json.loads(STUDY_RESULTS.read_text())
+    text = (ROOT / "README.md").read_text().split("<!-- table: examples/pruning_study")[1]
+    rows = [line.strip("| ").split(" | ") for line in text.split("\n\n")[1].splitlines()[2:]]
+    for row, result in zip(rows, record["results"], strict=True):
+        accuracy = 100 * np.asarray(result["accuracy"])
+        errors = accuracy.std(-1, ddof=1) / np.sqrt(accuracy.shape[-1])
+        cells = zip(accuracy.mean(-1), errors, strict=True)
+        assert row == [result["method"], *(f"{m:.1f} ± {e:.1f}" for m, e in cells)]
 
 
 def results_of(out: pathlib.Path) -> dict:

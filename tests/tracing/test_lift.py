@@ -54,7 +54,8 @@ def dense(name):
 def packed(name, kind):
     """The weights of a model packed; norms and biases, stacked ones too, stay as they are."""
     kernel = lambda path, x: jc.tree.is_weight(path, x) and not re.search("bias|scale", path)  # noqa: E731
-    return jc.pack(jc.masked(KINDS[kind], kernel), model(name).params)
+    p, params = jc.masked(KINDS[kind], kernel), model(name).params
+    return p.pack(params, run(p.find, params))
 
 
 def close(got, want, tolerance):
@@ -78,7 +79,7 @@ def test_lifted_equals_dense(name, kind, monkeypatch):
     # Some factors of convolutions and merged axes can't be used apart.
     lifted = jc.lift(apply, densify="allow" if name in ("equinox_conv",) else "refuse")
     tolerance = 1e-2 if name == "einsum_attention" else 1e-5
-    close(run(lifted, small, *args), run(dense(name)[0], jc.todense(small), *args), tolerance)
+    close(run(lifted, small, *args), run(dense(name)[0], run(jc.todense, small), *args), tolerance)
 
 
 @pytest.mark.parametrize("kind", ["low rank", "int8", "codebook"])
@@ -98,7 +99,7 @@ def test_gradients_equal_those_of_dense(name, kind):
         return jax.vjp(jc.todense, small)[1](slopes)[0]
 
     got = run(jax.grad(loss, allow_int=True), small)
-    want = run(through_dense, small, run(dense(name)[1], jc.todense(small)))
+    want = run(through_dense, small, run(dense(name)[1], run(jc.todense, small)))
     tolerance = 3e-2 if name == "einsum_attention" else 1e-5
     for mine, theirs in zip(floats(got), floats(want), strict=True):
         scale = max(np.abs(np.asarray(g)).max() for g in floats(want))
