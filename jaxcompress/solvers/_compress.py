@@ -25,6 +25,7 @@ def compress(
     stats: Mapping[str, Statistics] | None = None,
     damping: ArrayLike = 0.01,
     block_size: int = 128,
+    act_order: bool = False,
 ) -> PyTree:
     r"""Projects once, after training: on the nearest params, or on those with the nearest outputs.
 
@@ -48,6 +49,8 @@ def compress(
         stats: from `jc.calibrate(fn, params, batches, gram=True)`.
         damping: :math:`\lambda`, at least 0, raised where float32 needs it. May be traced.
         block_size: static. Rows whose weights are chosen together.
+        act_order: static. Whether the rows with the largest inputs are projected first, when
+            most rows are left to make up for them; groups of `nm` stay together.
 
     Returns:
         Params of the same structure, shapes and dtypes: the simulated face. `jc.pack` gives
@@ -80,8 +83,8 @@ def compress(
         True
 
     Source: Frantar & Alistarh 2023, arXiv:2301.00774; Frantar et al. 2022, arXiv:2210.17323.
-    Differs: the first rows of all layouts come first (no reordering by activations). To calibrate
-    each layer behind those that are compressed already use `jc.solvers.sequential`.
+    To calibrate each layer behind those that are compressed already use
+    `jc.solvers.sequential`.
     """
     if stats is None:
         return projections.compress(projection, params, step=step)
@@ -90,12 +93,20 @@ def compress(
     _check.number("compress", "damping", damping, 0.0)
     _check.integer("compress", "block_size", block_size, 1)
     uses = uses_of(projection, params, step)
-    new = solve("compress", uses, params, stats, damping, block_size)
+    new = solve("compress", uses, params, stats, How(damping, block_size, act_order))
     return tree.map_with_path(lambda path, w: new.get(path, w), params)
 
 
 Uses = dict[str, list[tuple[RowRule, Any, int | None]]]
 """From the path of a leaf to the rules by which its rows are projected, and their data."""
+
+
+class How(NamedTuple):
+    """The numbers of the solver, as `compress` takes them."""
+
+    damping: ArrayLike
+    block_size: int
+    act_order: bool
 
 
 def uses_of(projection: Projection, params: PyTree, step: int | jax.Array) -> Uses:
@@ -112,8 +123,7 @@ def solve(
     uses: Uses,
     params: PyTree,
     stats: Mapping[str, Statistics],
-    damping: ArrayLike,
-    block_size: int,
+    how: How,
 ) -> dict[str, jax.Array]:
     """The new leaf of each path in `uses`."""
     leaves = {path: w for path, w in tree.leaves_with_paths(params) if path in uses}
@@ -126,7 +136,7 @@ def solve(
         batches.setdefault(key, []).append(job)
     new = {}
     for jobs in batches.values():
-        new.update(_solved(jobs, jnp.asarray(damping), block_size))
+        new.update(_solved(jobs, how))
     return new
 
 
@@ -160,7 +170,7 @@ def _job(path: str, w: jax.Array, layout: Layout, gram: jax.Array, uses) -> _Job
     return _Job(path, layout, layout.matrices(w), gram, [rule for rule, _, _ in uses], data)
 
 
-def _solved(jobs: list[_Job], damping: jax.Array, block_size: int) -> dict[str, jax.Array]:
+def _solved(jobs: list[_Job], how: How) -> dict[str, jax.Array]:
     """All layers of one shape, one after the other through one loop."""
     rules = jobs[0].rules
 
@@ -169,7 +179,7 @@ def _solved(jobs: list[_Job], damping: jax.Array, block_size: int) -> dict[str, 
 
     def layer(given):
         w, gram, data = given
-        return _project_layer(w, gram, rules, data, damping, block_size)
+        return _project_layer(w, gram, rules, data, how)
 
     w, gram, data = jax.tree.map(together, *((job.w, job.gram, job.data) for job in jobs))
     solved = lax.map(layer, (w, gram, data))
@@ -181,11 +191,15 @@ def _solved(jobs: list[_Job], damping: jax.Array, block_size: int) -> dict[str, 
     return out
 
 
-def _project_layer(w, gram, rules: list[RowRule], data, damping, block_size: int) -> jax.Array:
+def _project_layer(w, gram, rules: list[RowRule], data, how: How) -> jax.Array:
     features = w.shape[0]
     groups = [rule.group for rule in rules if rule.group is not None]
-    block = math.lcm(*groups) if groups else max(1, min(block_size, features))
-    prepared, _ = prepare(gram, damping)
+    block = math.lcm(*groups) if groups else max(1, min(how.block_size, features))
+    order = _falling(jnp.diagonal(gram), block if groups else 1) if how.act_order else None
+    if order is not None:
+        w, gram = w[order], gram[order][:, order]
+        data = jax.tree.map(lambda x: x[order] if x.ndim else x, data)
+    prepared, _ = prepare(gram, how.damping)
     gone = jnp.isnan(w) | prepared.dead[:, None]
     filled = -(-features // block) * block - features
 
@@ -206,4 +220,15 @@ def _project_layer(w, gram, rules: list[RowRule], data, damping, block_size: int
         return row
 
     dense = jnp.where(gone, jnp.zeros((), w.dtype), w)
-    return compensate(dense, prepared.factor, choose, project, block_size=block)[0]
+    new = compensate(dense, prepared.factor, choose, project, block_size=block)[0]
+    return new if order is None else new[jnp.argsort(order)]
+
+
+def _falling(diagonal: jax.Array, group: int) -> jax.Array:
+    """Rows by falling size of their inputs, whole groups at once; a ragged last one stays last."""
+    features = diagonal.shape[0]
+    whole = features // group * group
+    sizes = jnp.sum(diagonal[:whole].reshape((-1, group)), axis=1)
+    first = jnp.argsort(-sizes, stable=True) * group
+    order = (first[:, None] + jnp.arange(group)[None, :]).reshape(whole)
+    return jnp.concatenate([order, jnp.arange(whole, features)])

@@ -8,7 +8,7 @@ import jax
 from jaxcompress import _check, tree
 from jaxcompress._types import ArrayLike, PyTree
 from jaxcompress.projections import Projection
-from jaxcompress.solvers._compress import solve, uses_of
+from jaxcompress.solvers._compress import How, solve, uses_of
 from jaxcompress.tracing import calibrate, sites
 
 
@@ -22,6 +22,7 @@ def sequential(
     step: int | jax.Array = 0,
     damping: ArrayLike = 0.01,
     block_size: int = 128,
+    act_order: bool = False,
 ) -> PyTree:
     r"""`jc.compress` with statistics, where each layer meets the compressed layers before it.
 
@@ -41,6 +42,7 @@ def sequential(
         step: as in `jc.compress`.
         damping: as in `jc.compress`.
         block_size: as in `jc.compress`.
+        act_order: as in `jc.compress`.
 
     Returns:
         Params of the same structure, shapes and dtypes, as of `jc.compress`. Each layer is
@@ -79,11 +81,11 @@ def sequential(
     batches = list(batches)
     if not batches:
         raise ValueError(_check.message("sequential", "batches", "hold at least one batch", "none"))
-    uses = uses_of(projection, params, step)
+    uses, how = uses_of(projection, params, step), How(damping, block_size, act_order)
     for group in _groups(fn, params, batches[0], order, set(uses)):
         part = {path: uses[path] for path in group}
         stats = calibrate(fn, params, batches, where=_any_of(group), gram=True)
-        new = solve("sequential", part, params, stats, damping, block_size)
+        new = solve("sequential", part, params, stats, how)
         params = tree.map_with_path(lambda path, w, new=new: new.get(path, w), params)
     return params
 

@@ -63,9 +63,10 @@ def calibrated(fn, w, x):
     return jc.calibrate(lambda p, x: fn(p["w"], x), {"w": w}, [x], gram=True)
 
 
-def compressed(p, fn, w, x, block=4):
+def compressed(p, fn, w, x, block=4, act_order=False):
     stats = calibrated(fn, w, x)
-    new = jc.compress(p, {"w": w}, stats=stats, damping=DAMPING, block_size=block)["w"]
+    options = {"damping": DAMPING, "block_size": block, "act_order": act_order}
+    new = jc.compress(p, {"w": w}, stats=stats, **options)["w"]
     return np.asarray(new, np.float64), stats["w"]
 
 
@@ -137,6 +138,51 @@ def test_two_of_four(rows):
     new, stats = compressed(jc.prune(nm=(2, 4)), lambda w, x: x @ w, w, x)
     h = brute_force.damped(np.asarray(stats.gram.matrix), DAMPING)
     close(new, two_of_four(np.asarray(w), h))
+
+
+UNEVEN = np.array([[1, 5, 2, 8, 1, 1, 9, 1, 3, 4, 2, 7]], np.float32)
+
+
+def test_act_order_takes_the_rows_with_the_largest_inputs_first():
+    w, x = draw(12, 5), inputs(40, 12) * UNEVEN
+    new, stats = compressed(jc.prune(0.5), lambda w, x: x @ w, w, x, act_order=True)
+    gram = np.asarray(stats.gram.matrix)
+    order = np.argsort(-np.diag(gram))
+    h = brute_force.damped(gram[np.ix_(order, order)], DAMPING)
+    want = sparsegpt(np.asarray(w)[order], h, 30, 4)
+    close(new[order], want)
+    assert not np.allclose(new, compressed(jc.prune(0.5), lambda w, x: x @ w, w, x)[0], atol=0.1)
+
+
+@pytest.mark.parametrize("rows", [12, 10])
+def test_act_order_moves_whole_groups_and_leaves_a_ragged_one_last(rows):
+    w, x = draw(rows, 5), inputs(40, rows) * UNEVEN[:, :rows]
+    new, stats = compressed(jc.prune(nm=(2, 4)), lambda w, x: x @ w, w, x, act_order=True)
+    gram = np.asarray(stats.gram.matrix)
+    sizes = [np.diag(gram)[i : i + 4].sum() for i in range(0, rows - 3, 4)]
+    groups = [range(4 * g, 4 * g + 4) for g in np.argsort(sizes)[::-1]]
+    order = np.array([i for group in [*groups, range(rows // 4 * 4, rows)] for i in group])
+    h = brute_force.damped(gram[np.ix_(order, order)], DAMPING)
+    close(new[order], two_of_four(np.asarray(w)[order], h))
+
+
+def test_act_order_of_quantization_is_gptqs():
+    w, x = draw(24, 8), inputs(100, 24) * np.tile(UNEVEN, (1, 2))
+    p = jc.quantize(3, group_size=6)
+    new, stats = compressed(p, lambda w, x: x @ w, w, x, act_order=True)
+    gram = np.asarray(stats.gram.matrix)
+    order = np.argsort(-np.diag(gram))
+    h = brute_force.damped(gram[np.ix_(order, order)], DAMPING)
+    steps = np.repeat(np.abs(np.asarray(w)).reshape(4, 6, 8).max(1) / 3, 6, axis=0)[order]
+
+    def project(row, start, i):
+        step = steps[start + i]
+        return step * np.clip(np.round(row / step), -3, 3)
+
+    want = brute_force.compensate(
+        np.asarray(w)[order], h, lambda rows, diagonal, start: start, project, 4
+    )[0]
+    close(new[order], want)
 
 
 def test_two_of_four_along_the_input_channels_of_a_convolution():
