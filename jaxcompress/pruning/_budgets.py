@@ -63,10 +63,11 @@ def uniform(*, dense: tuple[str, ...] = ()) -> Budget:
     )
 
 
-def erdos_renyi(*, kernel: bool = True, dense: tuple[str, ...] = ()) -> Budget:
+def erdos_renyi(*, kernel: bool = True, power: float = 1.0, dense: tuple[str, ...] = ()) -> Budget:
     r"""Denser where a leaf is small: Erdős–Rényi, by default with the kernel's window (ERK).
 
-    .. math:: d_l = \min\left(1, \varepsilon\,\frac{\sum_i n^l_i}{\prod_i n^l_i}\right)
+    .. math:: d_l = \min\left(1, \varepsilon\,
+        \left(\frac{\sum_i n^l_i}{\prod_i n^l_i}\right)^p\right)
 
     with the dimensions :math:`n_i` of the leaf, and :math:`\varepsilon` such that the total is
     met.
@@ -74,13 +75,15 @@ def erdos_renyi(*, kernel: bool = True, dense: tuple[str, ...] = ()) -> Budget:
     Args:
         kernel: static. Whether all dimensions count; otherwise the last two alone, inputs and
             outputs.
+        power: static. The exponent p, at least 0: 0 is uniform, above 1 small leaves are
+            denser still.
         dense: static. Path patterns of leaves that stay dense.
 
     Returns:
         A budget for `jc.prune(…, budget=…)`. A leaf without dimensions counts as one of size 1.
 
     Raises:
-        ValueError: a pattern of `dense` matches no leaf; raised while tracing.
+        ValueError: `power` is below 0; a pattern of `dense` matches no leaf, raised while tracing.
 
     Cost: a few scalar operations per leaf.
 
@@ -91,9 +94,10 @@ def erdos_renyi(*, kernel: bool = True, dense: tuple[str, ...] = ()) -> Budget:
     arXiv:1911.11134, section 3. Differs: :math:`\varepsilon` comes from a closed form, exact
     for a traced total, instead of trial after trial.
     """
+    _check.number("erdos_renyi", "power", power, 0.0)
 
     def densities(shapes, sizes, density):
-        raw = {path: _erdos_renyi(shape, kernel) for path, shape in shapes.items()}
+        raw = {path: _erdos_renyi(shape, kernel) ** power for path, shape in shapes.items()}
         return _share("erdos_renyi", raw, sizes, density, dense)
 
     return Budget(densities)
