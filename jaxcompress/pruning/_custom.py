@@ -96,10 +96,15 @@ def from_masks(masks: PyTree, *, nm: tuple[int, int] | None = None, axis: int = 
         given = _read("from_masks", params, masks)
 
         def leaf(path, w):
-            if nm is None:
-                return Mask.of(given[path])
-            along = 0 if w.ndim == 1 else _check.axis("from_masks", "axis", axis, w.ndim, path)
-            return Mask.of(given[path], nm=nm, axis=along)
+            fields = {}
+            if nm is not None:
+                along = 0 if w.ndim == 1 else _check.axis("from_masks", "axis", axis, w.ndim, path)
+                fields = {"nm": nm, "axis": along}
+            if _check.is_traced(given[path]):
+                return Mask.of(given[path], **fields)
+            # XLA would take seconds to fold the packing of a large constant.
+            with jax.ensure_compile_time_eval():
+                return Mask.of(given[path], **fields)
 
         return tree.map_arrays_with_path(leaf, params)
 
@@ -157,5 +162,7 @@ def _read(function: str, params: PyTree, masks: PyTree) -> dict[str, jax.Array]:
             rule = f"have the shape {list(leaves[path].shape)} of the leaf"
             got = _check.describe(mask)
             raise ValueError(_check.message(function, "masks", rule, got, path=path))
-        out[path] = jnp.asarray(mask)
+        # A concrete mask stays concrete while params are traced.
+        with jax.ensure_compile_time_eval():
+            out[path] = jnp.asarray(mask)
     return out
