@@ -1,9 +1,10 @@
 """The Projection: find a structure, project on it, pack by it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxcompress import _check, tree
@@ -43,6 +44,9 @@ class Projection(NamedTuple):
             reads from `previous`. None gathers nothing.
         from_zero: static. Whether an entry that comes back after it was dropped starts from
             zero in `project_params` and `projected`. Otherwise it starts from its update.
+        due: `(step) -> bool` scalar: whether `find` may give another structure at this step than
+            the `previous` one. With it `projected` knows what lives before it updates. None:
+            always.
         rows: `(params, *, step=0) -> list of Rows`: how the rows of a layer are projected one
             after the other, for `jc.compress(…, stats=…)`. None: it can't.
 
@@ -65,6 +69,7 @@ class Projection(NamedTuple):
     everywhere: "Projection | None" = None
     observe: Callable[..., PyTree] | None = None
     from_zero: bool = False
+    due: Callable[[Any], Any] | None = None
     rows: Callable[..., list[Rows]] | None = None
 
 
@@ -174,6 +179,7 @@ def choose(projection: Projection, where: tree.Where, *, function: str = "masked
     return Projection(find, project, pack, kept)._replace(
         observe=None if projection.observe is None else observe,
         from_zero=projection.from_zero,
+        due=projection.due,
         rows=None if projection.rows is None else rows,
     )
 
@@ -192,6 +198,18 @@ def observed(
     if projection.observe is None:
         return structure
     return projection.observe(params, structure, grads=grads, step=step)
+
+
+def any_due(projections: Iterable[Projection]) -> Callable[[Any], Any] | None:
+    """When a find of any of them is due; None where one of them doesn't say."""
+    whens = [p.due for p in projections]
+    if not whens or None in whens:
+        return None
+
+    def due(step):
+        return jnp.any(jnp.stack([jnp.asarray(when(step)) for when in whens if when]))
+
+    return due
 
 
 def rows_of(projection: Projection, params: PyTree, step: Any) -> list[Rows]:

@@ -8,7 +8,16 @@ import jax.numpy as jnp
 
 from jaxcompress import _check, tree
 from jaxcompress._types import PyTree
-from jaxcompress.projections._base import Projection, choose, hide, kept_by, observed, rows_of, show
+from jaxcompress.projections._base import (
+    Projection,
+    any_due,
+    choose,
+    hide,
+    kept_by,
+    observed,
+    rows_of,
+    show,
+)
 
 
 class Chained(NamedTuple):
@@ -92,6 +101,7 @@ def chain(*projections: Projection) -> Projection:
     return Projection(find, project, pack, kept, everywhere)._replace(
         observe=observe if any(p.observe for p in projections) else None,
         from_zero=any(p.from_zero for p in projections),
+        due=any_due(projections),
         rows=rows,
     )
 
@@ -228,6 +238,7 @@ def partition(
     return Projection(find, project, pack, kept)._replace(
         observe=observe if any(p.observe for p in members.values()) else None,
         from_zero=any(p.from_zero for p in members.values()),
+        due=any_due(members.values()),
         rows=rows,
     )
 

@@ -10,8 +10,9 @@ import optax
 from jaxcompress import _check
 from jaxcompress._types import Numeric, PyTree
 from jaxcompress.projections import _moments
-from jaxcompress.projections._base import Projection, kept_by, observed
+from jaxcompress.projections._base import Projection, observed
 from jaxcompress.projections._combine import _require_projection
+from jaxcompress.projections._held import alive_now, held_step
 from jaxcompress.projections._land import apply, land, land_where_moved, wide
 from jaxcompress.projections._time import number_at
 
@@ -83,7 +84,8 @@ def project_params(projection: Projection) -> optax.GradientTransformationExtraA
         structure = projection.find(moved, previous=previous, grads=grads, step=state.step)
         target = projection.project(moved, structure)
         if projection.from_zero:
-            target = _moments.clear(target, params, _alive(projection, params, structure, state))
+            alive = alive_now(projection, params, state.structure, structure)
+            target = _moments.clear(target, params, alive)
         return land_where_moved(params, target, moved, updates), ProjectState(
             state.step + 1, structure
         )
@@ -97,8 +99,10 @@ def projected(
     """An optimizer whose parameters stay in the projection's set.
 
     As `project_params`, and besides: the projection's `find` sees the raw gradients, the inner
-    optimizer's moments are zero for every weight that is dropped or has just come back, and
-    inside of an accumulation nothing is projected until an update is really applied.
+    optimizer forgets what is dropped, and inside of an accumulation nothing is projected until
+    an update is really applied. The moments of a dropped weight are zero as long as it is
+    dropped. When it comes back they start anew with the gradient of that step, or, where the
+    weight itself starts from zero as in `jc.pruning.rigl`, with that of the next.
 
     Args:
         optimizer: any Optax optimizer, of any nesting, `optax.MultiSteps` included.
@@ -113,7 +117,10 @@ def projected(
         TypeError: an argument of the wrong kind.
         ValueError: `update` was called without `params`.
 
-    Cost: that of `project_params`, and one elementwise pass over the moments.
+    Cost: that of `project_params`, and one elementwise pass over the moments. Where the
+    projection is held by `jc.every`, a step without a find only reads the mask (the optimizer
+    is not given the gradients of dropped weights then), and one with a find takes the
+    optimizer's update twice.
 
     Examples:
         >>> opt = jc.projected(optax.adam(0.1), jc.prune(0.5))
@@ -134,19 +141,27 @@ def projected(
     def update(updates, state, params=None, **extra):
         _require_params("projected", params)
         grads = extra.get("grads", updates)
+
+        def landed(updates, inner, structure, alive):
+            moved = apply(params, updates)
+            target = projection.project(moved, structure)
+            if projection.from_zero:
+                target = _moments.clear(target, params, alive)
+            landing = land_where_moved(params, target, moved, updates)
+            return landing, ProjectedState(state.step + 1, inner, structure)
+
+        if projection.due is not None and not _multi_steps(state.inner):
+            return landed(
+                *held_step(inner_optimizer, projection, grads, updates, state, params, extra)
+            )
         updates, inner = inner_optimizer.update(updates, state.inner, params, **extra)
 
         def applied():
             moved = apply(params, updates)
             previous = observed(projection, params, state.structure, grads, state.step)
             structure = projection.find(moved, previous=previous, grads=grads, step=state.step)
-            target = projection.project(moved, structure)
-            alive = _alive(projection, params, structure, state)
-            if projection.from_zero:
-                target = _moments.clear(target, params, alive)
-            landed = land_where_moved(params, target, moved, updates)
-            cleared = _moments.clear(inner, params, alive)
-            return landed, ProjectedState(state.step + 1, cleared, structure)
+            alive = alive_now(projection, params, state.structure, structure)
+            return landed(updates, _moments.clear(inner, params, alive), structure, alive)
 
         return _when_applied(state.inner, inner, params, updates, applied, state)
 
@@ -226,11 +241,6 @@ def straight_through(
 def _first(projection: Projection, params: PyTree) -> PyTree:
     """The structure before any update. There is no gradient yet: as if it were zero."""
     return projection.find(params, grads=jax.tree.map(jnp.zeros_like, params), step=_zero())
-
-
-def _alive(projection: Projection, params: PyTree, structure: PyTree, state: Any) -> PyTree:
-    now = kept_by(projection, params, structure)
-    return _moments.alive(now, kept_by(projection, params, state.structure))
 
 
 def _pulled(updates: PyTree, latent: PyTree, params: PyTree, strength: jax.Array) -> PyTree:

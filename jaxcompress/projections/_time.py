@@ -78,27 +78,34 @@ def every(
     if end is not None:
         _check.number("every", "end", end)
 
+    def number(value: Numeric, step) -> jax.Array:
+        return jnp.asarray(number_at(value, step), jnp.int32)
+
+    def started(step) -> jax.Array:
+        first = number(begin, step)
+        in_time = jnp.asarray(True) if end is None else first <= number(end, step)
+        return (step >= first) & in_time
+
+    def due(step) -> jax.Array:
+        step = jnp.asarray(step, jnp.int32)
+        period = jnp.maximum(number(steps, step), 1)
+        now = started(step) & ((step - number(begin, step)) % period == 0)
+        return now if end is None else now & (step <= number(end, step))
+
     def find(params, *, previous=None, grads=None, step=0):
         step = jnp.asarray(step, jnp.int32)
-        first = jnp.asarray(number_at(begin, step), jnp.int32)
-        period = jnp.maximum(jnp.asarray(number_at(steps, step), jnp.int32), 1)
-        started = step >= first
-        if end is not None:
-            started_in_time = first <= jnp.asarray(number_at(end, step), jnp.int32)
-            started = started & started_in_time
         if previous is None:
-            return Timed(started, projection.find(params, grads=grads, step=step))
-        due = started & ((step - first) % period == 0)
-        if end is not None:
-            due = due & (step <= jnp.asarray(number_at(end, step), jnp.int32))
+            return Timed(started(step), projection.find(params, grads=grads, step=step))
+        now = due(step)
         inner = jax.lax.cond(
-            due,
+            now,
             lambda: projection.find(params, previous=previous.inner, grads=grads, step=step),
             lambda: previous.inner,
         )
-        return Timed(previous.active | due, inner)
+        return Timed(previous.active | now, inner)
 
-    return timed(projection, find, lambda everywhere: every(steps, everywhere, begin, end))
+    again = lambda everywhere: every(steps, everywhere, begin, end)  # noqa: E731
+    return timed(projection, find, again)._replace(due=due)
 
 
 def timed(

@@ -2,31 +2,31 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcompress import arrays, tree
-from jaxcompress._sharding import is_explicit, place_like
+from jaxcompress._sharding import place_like
 from jaxcompress._types import PyTree
+from jaxcompress.pruning._bits import axis_of_bytes, pack_bits, unpack_bits
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["bits", "statistic"],
-    meta_fields=["length", "nm", "axis", "block"],
+    meta_fields=["length", "along", "nm", "axis", "block"],
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """Which entries of a leaf live, one bit each. `Mask.of(keep)` makes one.
 
     Attributes:
-        bits: uint8, the shape of the leaf with eight entries of its last axis in a byte, the
+        bits: uint8, the shape of the leaf with eight entries of the axis `along` in a byte, the
             first in the lowest bit. Of a scalar leaf one byte, 0 or 1.
-        length: static. Of the last axis of the leaf; None: the leaf is a scalar.
+        length: static. Of the axis `along` of the leaf; None: the leaf is a scalar.
+        along: static. -2, the axis before the last, where eight divide its length; else -1.
         nm: static. `(n, m)` when at most n of each m entries along `axis` are kept.
         axis: static. Counted from the front; None without `nm`.
         statistic: what a `RunningScore` has gathered, of its own types; None without one.
@@ -36,6 +36,7 @@ class Mask:
 
     bits: jax.Array
     length: int | None
+    along: int = -1
     nm: tuple[int, int] | None = None
     axis: int | None = None
     statistic: Any = None
@@ -45,12 +46,17 @@ class Mask:
     def of(cls, keep: jax.Array, **fields: Any) -> "Mask":
         """The mask that keeps where `keep`, bool of the shape of the leaf, is true."""
         keep = jnp.asarray(keep)
-        return cls(_pack_bits(keep), keep.shape[-1] if keep.ndim else None, **fields)
+        if keep.ndim == 0:
+            return cls(keep.astype(jnp.uint8), None, **fields)
+        along = axis_of_bytes(keep.shape)
+        return cls(pack_bits(keep, along), keep.shape[along], along, **fields)
 
     @property
     def keep(self) -> jax.Array:
         """`bool`, the shape of the leaf; fused into what reads it under `jit`."""
-        return _unpack_bits(self.bits, self.length)
+        if self.length is None:
+            return self.bits.astype(bool)
+        return unpack_bits(self.bits, self.along, self.length)
 
     def keep_like(self, w: jax.Array) -> jax.Array:
         """`keep`, sharded as the leaf `w`."""
@@ -58,7 +64,7 @@ class Mask:
 
     @property
     def nbytes(self) -> int:
-        """Of the bits; 1/32 of a float32 leaf whose last axis is a multiple of 8."""
+        """Of the bits; 1/32 of a float32 leaf where eight divide one of its last two axes."""
         return tree.nbytes(self.bits)
 
     def project(self, w: jax.Array) -> jax.Array:
@@ -99,42 +105,3 @@ def keeps_by_path(params: PyTree, masks: PyTree) -> dict[str, jax.Array]:
         lambda path, w, mask: out.update({path: mask.keep_like(w)}), params, masks
     )
     return out
-
-
-def _pack_bits(keep: jax.Array) -> jax.Array:
-    if keep.ndim == 0:
-        return keep.astype(jnp.uint8)
-    if is_explicit(keep):
-        packed: Any = jax.sharding.auto_axes(_pack_bits, out_sharding=_of_bytes(keep))
-        return packed(keep)
-    *rest, length = keep.shape
-    count = -(-length // 8)
-    whole = jnp.pad(keep, [(0, 0)] * len(rest) + [(0, 8 * count - length)])
-    eights = whole.reshape(*rest, count, 8).astype(jnp.uint8)
-    return jnp.sum(eights << _places(keep.ndim), -1, dtype=jnp.uint8)
-
-
-def _unpack_bits(bits: jax.Array, length: int | None) -> jax.Array:
-    if length is None:
-        return bits.astype(bool)
-    if is_explicit(bits):
-        spread = functools.partial(_unpack_bits, length=length)
-        spec = jax.sharding.PartitionSpec(*jax.typeof(bits).sharding.spec[:-1], None)
-        unpacked: Any = jax.sharding.auto_axes(spread, out_sharding=spec)
-        return unpacked(bits)
-    *rest, count = bits.shape
-    eights = (bits[..., None] >> _places(bits.ndim)) & np.uint8(1)
-    return eights.reshape(*rest, 8 * count)[..., :length].astype(bool)
-
-
-def _places(ndim: int) -> jax.Array:
-    return jnp.arange(8, dtype=jnp.uint8).reshape((1,) * ndim + (8,))
-
-
-def _of_bytes(keep: jax.Array) -> jax.sharding.PartitionSpec:
-    """That of `keep`, where bytes of its last axis can be: whole bytes on each device."""
-    sharding = jax.typeof(keep).sharding
-    *rest, last = sharding.spec
-    names = () if last is None else last if isinstance(last, tuple) else (last,)
-    devices = math.prod(sharding.mesh.shape[name] for name in names)
-    return jax.sharding.PartitionSpec(*rest, last if keep.shape[-1] % (8 * devices) == 0 else None)

@@ -61,18 +61,56 @@ def test_moments_of_dropped_weights_are_zero(name):
     assert all((np.asarray(m) != 0).all() for m in elementwise(state.inner, (8,))[:1])
 
 
-def test_moments_of_regrown_weights_are_zero():
-    opt = jc.projected(optax.sgd(1.0, momentum=0.9), jc.prune(0.5))
+@pytest.mark.parametrize("held", [False, True])
+def test_moments_of_what_comes_back_start_anew(held):
+    p = jc.every(1, jc.prune(0.5)) if held else jc.prune(0.5)
+    opt = jc.projected(optax.sgd(1.0, momentum=0.9), p)
     params = {"w": jnp.array([[1.0, 2.0]])}
     state = opt.init(params)
     updates, state = opt.update({"w": jnp.array([[0.1, 0.1]])}, state, params)
     params = optax.apply_updates(params, updates)
+    np.testing.assert_array_equal(state.inner[0].trace["w"], [[0.0, np.float32(0.1)]])
     # Weight 0 was dropped; a large gradient brings it back and drops the other one.
     updates, state = opt.update({"w": jnp.array([[9.0, 0.1]])}, state, params)
     params = optax.apply_updates(params, updates)
-    np.testing.assert_array_equal(state.structure["w"].keep, [[True, False]])
-    np.testing.assert_array_equal(state.inner[0].trace["w"], [[0.0, 0.0]])
-    assert params["w"][0, 1] == 0
+    np.testing.assert_array_equal(state.inner[0].trace["w"], [[9.0, 0.0]])
+    np.testing.assert_array_equal(params["w"], [[-9.0, 0.0]])
+
+
+WAYS = {
+    "magnitude": (lambda: jc.prune(0.5), True),
+    "scored": (lambda: jc.prune(0.5, score=jc.pruning.movement()), True),
+    "rigl": (lambda: jc.pruning.rigl(0.5, 0.4, key=jax.random.key(0)), True),
+    "quantized": (lambda: jc.quantize(4), False),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw", "multi_steps"])
+@pytest.mark.parametrize("way", WAYS)
+def test_finding_before_the_update_changes_nothing_but_speed(way, optimizer):
+    """The same steps with and without the word on when a find is due."""
+    make, drops = WAYS[way]
+    p = jc.every(2, make(), begin=1, end=6)
+    assert p.due is not None
+    trails = []
+    for each in (p, p._replace(due=None, everywhere=None)):
+        opt = jc.projected(lenient(OPTIMIZERS[optimizer]()), each)
+        params = contract.params()
+        state, trail, update = opt.init(params), [], jax.jit(opt.update)
+        for i in range(9):
+            updates, state = update(contract.params(seed=20 + i), state, params)
+            params = optax.apply_updates(params, updates)
+            trail.append((params, state))
+        trails.append(trail)
+    for (ours, _), (theirs, _) in zip(*trails, strict=True):
+        for path, w in jc.tree.leaves_with_paths(ours):
+            want = dict(jc.tree.leaves_with_paths(theirs))[path]
+            np.testing.assert_array_equal(w == 0, want == 0)
+            np.testing.assert_allclose(w, want, rtol=2e-5, atol=2e-6)
+    if drops:
+        zeros = [float((params["a"]["kernel"] == 0).mean()) for params, _ in trails[0]]
+        assert zeros[0] == 0
+        assert zeros[-1] >= 0.5  # what RigL has just grown is zero too
 
 
 def test_quantization_drops_nothing():
