@@ -24,7 +24,7 @@ def message(
 def describe(x: Any) -> str:
     """`float32[3, 4]` for anything with a shape and a dtype, else its type and value, cut."""
     if hasattr(x, "dtype") and hasattr(x, "shape"):
-        return f"{jnp.dtype(x.dtype).name}{list(x.shape)}"
+        return f"{getattr(x.dtype, 'name', x.dtype)}{list(x.shape)}"
     value = repr(x)
     return f"{type(x).__name__} {value if len(value) <= 200 else value[:200] + '…'}"
 
@@ -37,23 +37,21 @@ def is_traced(x: Any) -> bool:
 def number(
     function: str,
     argument: str,
-    value: Numeric | None,
+    value: Any,
     low: float | None = None,
     high: float | None = None,
     fix: str = "",
 ) -> None:
     """Refuses what is not a real scalar and, where the value is known, what is out of range.
 
-    Schedules pass (their value is known only at a step), and so do traced values.
+    Traced values pass.
     """
-    if callable(value):
-        return
     bounds = "be a real number"
     if low is not None and high is not None:
         bounds += f" in [{low}, {high}]"
     elif low is not None or high is not None:
         bounds += f" of at least {low}" if high is None else f" of at most {high}"
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or callable(value) or isinstance(value, (bool, str)):
         raise TypeError(message(function, argument, bounds, describe(value), fix))
     if is_traced(value):
         if jnp.ndim(value) != 0:
@@ -68,6 +66,19 @@ def number(
     above = high is not None and scalar > high
     if below or above or scalar != scalar:
         raise ValueError(message(function, argument, bounds, scalar, fix))
+
+
+def numeric(
+    function: str,
+    argument: str,
+    value: Numeric | None,
+    low: float | None = None,
+    high: float | None = None,
+    fix: str = "",
+) -> None:
+    """As `number`, but schedules pass: their value is known only at a step."""
+    if not callable(value):
+        number(function, argument, value, low, high, fix)
 
 
 def integer(function: str, argument: str, value: Any, low: int, high: int | None = None) -> None:

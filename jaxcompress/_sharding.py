@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def place_like(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -19,6 +19,17 @@ def is_explicit(x: jax.Array) -> bool:
     sharding = getattr(jax.typeof(x), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     return mesh is not None and AxisType.Explicit in getattr(mesh, "axis_types", ())
+
+
+def on_several_devices(x: jax.Array) -> bool:
+    """Whether `x` lies on a mesh of more than one device, of any kind of axes."""
+    mesh = getattr(getattr(jax.typeof(x), "sharding", None), "mesh", None)
+    return mesh is not None and mesh.size > 1
+
+
+def on_mesh_of(x: jax.Array, spec: PartitionSpec) -> NamedSharding:
+    """The sharding on the mesh of `x`: it names the mesh where `jax.set_mesh` was not called."""
+    return NamedSharding(jax.typeof(x).sharding.mesh, spec)
 
 
 def automatic(f: Callable[..., Any], *arrays: jax.Array, like_first: bool) -> Any:
@@ -36,5 +47,5 @@ def automatic(f: Callable[..., Any], *arrays: jax.Array, like_first: bool) -> An
     """
     if not is_explicit(arrays[0]):
         return f(*arrays)
-    out = jax.typeof(arrays[0]).sharding if like_first else PartitionSpec()
-    return jax.sharding.auto_axes(f, out_sharding=out)(*arrays)
+    spec = jax.typeof(arrays[0]).sharding.spec if like_first else PartitionSpec()
+    return jax.sharding.auto_axes(f, out_sharding=on_mesh_of(arrays[0], spec))(*arrays)

@@ -97,8 +97,8 @@ def distill(
         if not callable(function):
             got = _check.describe(function)
             raise TypeError(_check.message("distill", name, "be a function", got))
-    _check.number("distill", "weight", weight)
-    _check.number("distill", "task_weight", task_weight)
+    _check.numeric("distill", "weight", weight)
+    _check.numeric("distill", "task_weight", task_weight)
     if not callable(temperature):
         require_temperature("distill", temperature, ())
 

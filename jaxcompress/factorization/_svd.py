@@ -104,7 +104,7 @@ def low_rank(
             )
         )
     if energy is not None:
-        _check.number("low_rank", "energy", energy, 0, 1)
+        _check.numeric("low_rank", "energy", energy, 0, 1)
     columns = column_limit("low_rank", rank, max_rank)
     wanted: Numeric = energy if rank is None else rank  # pyright: ignore[reportAssignmentType]
 
@@ -136,7 +136,7 @@ def low_rank(
 def column_limit(function: str, rank: Numeric | None, max_rank: int | None) -> int | None:
     """How many columns to hold: `max_rank`, else a static rank, else all of them (None)."""
     if rank is not None:
-        _check.number(function, "rank", rank, 0)
+        _check.numeric(function, "rank", rank, 0)
     if max_rank is not None:
         _check.integer(function, "max_rank", max_rank, 0)
         return int(max_rank)

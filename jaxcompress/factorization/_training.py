@@ -47,7 +47,7 @@ def low_rank_factors(
     Source: Sainath et al. 2013, "Low-rank matrix factorization for deep neural network
     training"; started from the SVD as in Denton et al. 2014, arXiv:1404.0736.
     """
-    _check.number("low_rank_factors", "rank", rank, 1)
+    _check.numeric("low_rank_factors", "rank", rank, 1)
     columns = column_limit("low_rank_factors", rank, max_rank)
 
     def init(params: PyTree) -> PyTree:

@@ -1,12 +1,12 @@
 """Phases: compressed and dense in turn."""
 
-import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check
 from jaxcompress._types import Numeric
 from jaxcompress.projections._base import Projection
 from jaxcompress.projections._combine import _require_projection
+from jaxcompress.projections._due import found_when
 from jaxcompress.projections._time import Timed, number_at, timed
 
 
@@ -47,11 +47,11 @@ def alternated(
     Source: Peste et al. 2021, arXiv:2106.12379, algorithm 1.
     """
     _require_projection("alternated", projection)
-    _check.number("alternated", "compressed", compressed, 1)
-    _check.number("alternated", "dense", dense, 1)
-    _check.number("alternated", "begin", begin)
+    _check.numeric("alternated", "compressed", compressed, 1)
+    _check.numeric("alternated", "dense", dense, 1)
+    _check.numeric("alternated", "begin", begin)
     if end is not None:
-        _check.number("alternated", "end", end)
+        _check.numeric("alternated", "end", end)
 
     def at(value, step):
         return jnp.asarray(number_at(value, step), jnp.int32)
@@ -67,12 +67,8 @@ def alternated(
             active, due = active | last, (due & ~last) | (step == at(end, step))
         if previous is None:
             return Timed(active, projection.find(params, grads=grads, step=step))
-        inner = jax.lax.cond(
-            due,
-            lambda: projection.find(params, previous=previous.inner, grads=grads, step=step),
-            lambda: previous.inner,
-        )
-        return Timed(active, inner)
+        again = lambda: projection.find(params, previous=previous.inner, grads=grads, step=step)  # noqa: E731
+        return Timed(active, found_when(due, again, previous.inner))
 
     return timed(
         projection,

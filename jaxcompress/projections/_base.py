@@ -222,7 +222,7 @@ def rows_of(projection: Projection, params: PyTree, step: Any) -> list[Rows]:
                 "project rows one by one to be taken with `stats`",
                 "one that can't",
                 "jc.prune, jc.quantize, jc.pruning.from_masks and jc.chain, jc.masked, "
-                "jc.partition and jc.scheduled of them can.",
+                "jc.partition and jc.scheduled of them can. Take them out of jc.every.",
             )
         )
     return projection.rows(params, step=step)

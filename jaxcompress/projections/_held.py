@@ -10,6 +10,7 @@ import optax
 from jaxcompress._types import PyTree
 from jaxcompress.projections import _moments
 from jaxcompress.projections._base import Projection, kept_by, observed
+from jaxcompress.projections._due import found_when
 from jaxcompress.projections._land import apply
 
 
@@ -50,7 +51,7 @@ def held_step(
         return projection.find(moved, previous=previous, grads=grads, step=state.step)
 
     assert projection.due is not None
-    structure = jax.lax.cond(projection.due(state.step), find, lambda: previous)
+    structure = found_when(projection.due(state.step), find, previous)
     alive = alive_now(projection, params, state.structure, structure)
     inner = _moments.clear(state.inner, params, alive)
     updates, inner = optimizer.update(_living(updates, alive), inner, params, **extra)

@@ -57,6 +57,8 @@ def alive(kept: PyTree, kept_before: PyTree) -> PyTree:
     """Entries that are neither dropped now nor regrown now."""
 
     def leaf(_, now, before):
+        if is_masked_node(now):
+            return now
         if now is True and before is True:
             return True
         if now is True or before is True:

@@ -209,13 +209,13 @@ def straight_through(
     2015, arXiv:1511.00363; the decay from Zhou et al. 2021, arXiv:2102.04010, equation 8.
     """
     _require_projection("straight_through", projection)
-    _check.number("straight_through", "decay", decay, 0)
+    _check.numeric("straight_through", "decay", decay, 0)
     decays = callable(decay) or _check.is_traced(decay) or decay != 0
     inner_optimizer = _optimizer("straight_through", optimizer)
 
     def init(params):
         structure = _first(projection, params)
-        latent = jax.tree.map(jnp.asarray, params)
+        latent = own_copy(params, params)
         return StraightThroughState(_zero(), inner_optimizer.init(params), latent, structure)
 
     def update(updates, state, params=None, **extra):
@@ -243,6 +243,12 @@ def _first(projection: Projection, params: PyTree) -> PyTree:
     return projection.find(params, grads=jax.tree.map(jnp.zeros_like, params), step=_zero())
 
 
+def own_copy(latent: PyTree, params: PyTree) -> PyTree:
+    """`latent` with arrays of its own: a step may donate the params and the state."""
+    shared = {id(w) for w in jax.tree.leaves(params)}
+    return jax.tree.map(lambda z: jnp.array(z) if id(z) in shared else z, latent)
+
+
 def _pulled(updates: PyTree, latent: PyTree, params: PyTree, strength: jax.Array) -> PyTree:
     def leaf(u, v, w):
         if u is None:
@@ -263,16 +269,23 @@ def _when_applied(
     state: Any,
 ) -> tuple[PyTree, Any]:
     """`applied()`, or nothing while an `optax.MultiSteps` inside is still accumulating."""
+    now = emitted(before, after)
+    if now is None:
+        return applied()
+    shapes, _ = jax.eval_shape(applied)
+    held = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), shapes)
+    return jax.lax.cond(now, applied, lambda: (held, state._replace(inner=after)))
+
+
+def emitted(before: PyTree, after: PyTree) -> jax.Array | None:
+    """Whether an `optax.MultiSteps` inside has made an update; None where there is none."""
     counters = [
         (old.gradient_step, new.gradient_step)
         for old, new in zip(_multi_steps(before), _multi_steps(after), strict=True)
     ]
     if not counters:
-        return applied()
-    emitted = jnp.any(jnp.stack([jnp.any(old != new) for old, new in counters]))
-    shapes, _ = jax.eval_shape(applied)
-    held = jax.tree.map(lambda u: jnp.zeros(u.shape, u.dtype), shapes)
-    return jax.lax.cond(emitted, applied, lambda: (held, state._replace(inner=after)))
+        return None
+    return jnp.any(jnp.stack([jnp.any(old != new) for old, new in counters]))
 
 
 def _multi_steps(state: PyTree) -> list[optax.MultiStepsState]:

@@ -91,8 +91,8 @@ def proximal(
                 "Pass jc.pruning.soft_threshold, or jc.pruning.group_lasso(groups).",
             )
         )
-    _check.number("proximal", "strength", strength, 0)
-    _check.number("proximal", "period", period, 1)
+    _check.numeric("proximal", "strength", strength, 0)
+    _check.numeric("proximal", "period", period, 1)
     with_path = _takes_path(operator)
 
     def init(params):

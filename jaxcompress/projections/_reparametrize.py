@@ -10,7 +10,12 @@ from jaxcompress import _check
 from jaxcompress._sharding import place_like
 from jaxcompress._types import PyTree
 from jaxcompress.projections._land import apply, land
-from jaxcompress.projections._optax import _optimizer, _require_params, _when_applied
+from jaxcompress.projections._optax import (
+    _optimizer,
+    _require_params,
+    _when_applied,
+    own_copy,
+)
 
 
 class Reparametrization(NamedTuple):
@@ -90,7 +95,7 @@ def reparametrized(
         return jax.tree.map(place_like, from_latent(latent), params)
 
     def init(params):
-        latent = init_latent(params)
+        latent = own_copy(init_latent(params), params)
         _require_same_shapes(params, jax.eval_shape(from_latent, latent))
         return ReparametrizedState(inner_optimizer.init(latent), latent)
 

@@ -10,7 +10,7 @@ from jaxcompress import _check
 from jaxcompress._types import PyTree
 from jaxcompress.projections._base import Projection, kept_by, observed
 from jaxcompress.projections._combine import _require_projection
-from jaxcompress.projections._optax import _first, _optimizer, _require_params, _zero
+from jaxcompress.projections._optax import _first, _optimizer, _require_params, _zero, emitted
 
 
 class RestrictedState(NamedTuple):
@@ -43,6 +43,8 @@ def restricted(
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: `update` was called without `params`, or the projection drops nothing.
+
+    Inside of an accumulation (`optax.MultiSteps`) the clock is that of the updates applied.
 
     Cost: `find` when it is due and two elementwise passes.
 
@@ -77,7 +79,14 @@ def restricted(
         updates, inner = inner_optimizer.update(
             _within(updates, keep), state.inner, params, **extra
         )
-        return _within(updates, keep), RestrictedState(state.step + 1, inner, structure)
+        step, held = state.step + 1, structure
+        applied = emitted(state.inner, inner)
+        if applied is not None:
+            # An accumulation inside goes on: the next update has not been seen yet.
+            choose = lambda new, old: jnp.where(applied, new, old)  # noqa: E731
+            step = choose(step, state.step)
+            held = jax.tree.map(choose, structure, state.structure)
+        return _within(updates, keep), RestrictedState(step, inner, held)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

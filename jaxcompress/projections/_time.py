@@ -12,6 +12,7 @@ from jaxcompress import _check
 from jaxcompress._types import Numeric, PyTree
 from jaxcompress.projections._base import Projection, kept_by, observed, rows_of
 from jaxcompress.projections._combine import _require_projection
+from jaxcompress.projections._due import found_when
 
 
 class Timed(NamedTuple):
@@ -63,8 +64,8 @@ def every(
     Raises:
         ValueError: `steps` is a number below 1.
 
-    Cost: one `jax.lax.cond`. Under `vmap` keep the adapter's step unbatched (make the state
-    inside of the mapped function), or the `cond` runs both of its branches at each step.
+    Cost: one `jax.lax.cond`, also under `vmap`, where the find runs for all as soon as one is
+    due; `jc.batch_axes` keeps one clock for all. No gradient flows through a find.
 
     Examples:
         >>> p = jc.every(10, jc.prune(0.5), begin=20)
@@ -73,10 +74,10 @@ def every(
         (Array([[1., 2.]], dtype=float32), Array([[0., 2.]], dtype=float32))
     """
     _require_projection("every", projection)
-    _check.number("every", "steps", steps, 1)
-    _check.number("every", "begin", begin)
+    _check.numeric("every", "steps", steps, 1)
+    _check.numeric("every", "begin", begin)
     if end is not None:
-        _check.number("every", "end", end)
+        _check.numeric("every", "end", end)
 
     def number(value: Numeric, step) -> jax.Array:
         return jnp.asarray(number_at(value, step), jnp.int32)
@@ -97,12 +98,8 @@ def every(
         if previous is None:
             return Timed(started(step), projection.find(params, grads=grads, step=step))
         now = due(step)
-        inner = jax.lax.cond(
-            now,
-            lambda: projection.find(params, previous=previous.inner, grads=grads, step=step),
-            lambda: previous.inner,
-        )
-        return Timed(previous.active | now, inner)
+        again = lambda: projection.find(params, previous=previous.inner, grads=grads, step=step)  # noqa: E731
+        return Timed(previous.active | now, found_when(now, again, previous.inner))
 
     again = lambda everywhere: every(steps, everywhere, begin, end)  # noqa: E731
     return timed(projection, find, again)._replace(due=due)
@@ -165,7 +162,7 @@ def relaxed(projection: Projection, strength: Numeric) -> Projection:
     the strength reaches the hard one.
     """
     _require_projection("relaxed", projection)
-    _check.number("relaxed", "strength", strength, 0, 1)
+    _check.numeric("relaxed", "strength", strength, 0, 1)
 
     def find(params, *, previous=None, grads=None, step=0):
         held = None if previous is None else previous.inner
@@ -227,7 +224,7 @@ def scheduled(factory: Callable[..., Projection]) -> Callable[..., Projection]:
         structure `Scheduled(hyperparams, inner)`.
 
     Raises:
-        TypeError: `factory` can't be called, or a keyword-only (static) argument is a schedule.
+        TypeError: `factory` can't be called.
 
     Examples:
         >>> p = jc.scheduled(jc.prune)(sparsity=jc.schedules.cubic(0.0, 0.9, 0, 100))
@@ -253,12 +250,6 @@ def scheduled(factory: Callable[..., Projection]) -> Callable[..., Projection]:
                 or (isinstance(value, (int, float)) and not isinstance(value, bool))
                 or (hasattr(value, "dtype") and hasattr(value, "shape"))
             )
-            if keyword_only and callable(value):
-                raise TypeError(
-                    _check.message(
-                        "scheduled", name, "be static", "a schedule", "Only numbers may have one."
-                    )
-                )
             (numbers if numeric and not keyword_only else static)[name] = value
         return _scheduled(factory, numbers, static, everywhere=False)
 

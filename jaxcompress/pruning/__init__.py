@@ -21,6 +21,7 @@ from jaxcompress.pruning._groups import l2 as l2
 from jaxcompress.pruning._groups import largest_score as largest_score
 from jaxcompress.pruning._groups import mean as mean
 from jaxcompress.pruning._groups import slices as slices
+from jaxcompress.pruning._groups import total as total
 from jaxcompress.pruning._groups import whole as whole
 from jaxcompress.pruning._hard_concrete import Gated as Gated
 from jaxcompress.pruning._hard_concrete import hard_concrete as hard_concrete

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress._sharding import is_explicit
+from jaxcompress._sharding import is_explicit, on_mesh_of
 
 
 def axis_of_bytes(shape: tuple[int, ...]) -> int:
@@ -53,9 +53,8 @@ def unpack_bits(bits: jax.Array, along: int, length: int) -> jax.Array:
         spread = functools.partial(unpack_bits, along=along, length=length)
         spec: list[Any] = list(jax.typeof(bits).sharding.spec)
         spec[along] = None
-        unpacked: Any = jax.sharding.auto_axes(
-            spread, out_sharding=jax.sharding.PartitionSpec(*spec)
-        )
+        out = on_mesh_of(bits, jax.sharding.PartitionSpec(*spec))
+        unpacked: Any = jax.sharding.auto_axes(spread, out_sharding=out)
         return unpacked(bits)
     eights = jnp.expand_dims(bits, along) >> _places(bits.ndim + 1, along)
     whole = (eights & np.uint8(1)).reshape(_with(bits.shape, along, 8 * bits.shape[along]))
@@ -73,7 +72,7 @@ def _with(shape: tuple[int, ...], along: int, *instead: int) -> tuple[int, ...]:
     return (*shape[:place], *instead, *shape[place + 1 :])
 
 
-def _of_bytes(keep: jax.Array, along: int) -> jax.sharding.PartitionSpec:
+def _of_bytes(keep: jax.Array, along: int) -> jax.sharding.NamedSharding:
     """That of `keep`, where bytes along the axis can be: whole bytes on each device."""
     sharding = jax.typeof(keep).sharding
     spec: list[Any] = list(sharding.spec)
@@ -82,4 +81,4 @@ def _of_bytes(keep: jax.Array, along: int) -> jax.sharding.PartitionSpec:
     devices = math.prod(sharding.mesh.shape[name] for name in names)
     if keep.shape[along] % (8 * devices):
         spec[along] = None
-    return jax.sharding.PartitionSpec(*spec)
+    return on_mesh_of(keep, jax.sharding.PartitionSpec(*spec))

@@ -37,11 +37,19 @@ class Budget(NamedTuple):
     exact: bool = True
 
 
+def require_budget(function: str, argument: str, budget: object) -> None:
+    """Refuses what is not a `Budget`, as one of its makers that was not called."""
+    if not isinstance(budget, Budget):
+        rule, fix = "be a Budget", "Make one, as jc.pruning.erdos_renyi()."
+        raise TypeError(_check.message(function, argument, rule, _check.describe(budget), fix))
+
+
 def uniform(*, dense: tuple[str, ...] = ()) -> Budget:
     """The same density in each leaf.
 
     Args:
-        dense: static. Path patterns of leaves that stay dense; the others make up for them.
+        dense: static. Path patterns of leaves that stay dense, as far as the total goes: it
+            is exact all the same. The others make up for them.
 
     Returns:
         A budget for `jc.prune(…, budget=…)`. Without `dense` it differs from none only in the
@@ -77,7 +85,7 @@ def erdos_renyi(*, kernel: bool = True, power: float = 1.0, dense: tuple[str, ..
             outputs.
         power: static. The exponent p, at least 0: 0 is uniform, above 1 small leaves are
             denser still.
-        dense: static. Path patterns of leaves that stay dense.
+        dense: static. Path patterns of leaves that stay dense, as far as the total goes.
 
     Returns:
         A budget for `jc.prune(…, budget=…)`. A leaf without dimensions counts as one of size 1.
@@ -94,6 +102,9 @@ def erdos_renyi(*, kernel: bool = True, power: float = 1.0, dense: tuple[str, ..
     arXiv:1911.11134, section 3. Differs: :math:`\varepsilon` comes from a closed form, exact
     for a traced total, instead of trial after trial.
     """
+    if _check.is_traced(power):
+        rule, got = "be static", "a traced value"
+        raise TypeError(_check.message("erdos_renyi", "power", rule, got))
     _check.number("erdos_renyi", "power", power, 0.0)
 
     def densities(shapes, sizes, density):
@@ -129,9 +140,14 @@ def cost_weighted(costs: Mapping[str, float], *, dense: tuple[str, ...] = ()) ->
         >>> jax.tree.map(lambda w: float(w.sum()), kept)
         {'conv': 33.0, 'dense': 100.0}
     """
+    costs = dict(costs)
     for path, cost in costs.items():
-        if not cost > 0:
-            rule = "hold costs above zero"
+        rule = "hold finite numbers above zero"
+        if _check.is_traced(cost):
+            got, fix = "a traced value", "Costs are static."
+            raise TypeError(_check.message("cost_weighted", "costs", rule, got, fix, path=path))
+        _check.number("cost_weighted", f"costs[{path!r}]", cost)
+        if not 0 < cost < np.inf:
             raise ValueError(_check.message("cost_weighted", "costs", rule, cost, path=path))
 
     def densities(shapes, sizes, density):
@@ -160,6 +176,9 @@ def _share(
     leaves that are full, those of largest :math:`r` first. So :math:`\varepsilon` is the largest
     of the solutions for each m, and nothing has to be tried.
     """
+    if isinstance(dense, str):
+        rule, got = "be a tuple of path patterns", _check.describe(dense)
+        raise TypeError(_check.message(function, "dense", rule, got))
     full = {path for pattern in dense for path in matching(function, pattern, raw)}
     shared = [path for path in raw if path not in full and sizes[path] > 0]
     one = jnp.float32(1.0)

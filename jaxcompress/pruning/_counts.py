@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress import tree
+from jaxcompress import _check, tree
 from jaxcompress._types import Numeric, PyTree
 from jaxcompress.projections import number_at
 from jaxcompress.pruning._budgets import Budget, Shapes, Sizes
@@ -15,7 +15,11 @@ from jaxcompress.pruning._budgets import Budget, Shapes, Sizes
 
 def fraction_at(sparsity: Numeric, step: Any) -> jax.Array:
     """The sparsity in force, float32 in [0, 1]."""
-    return jnp.clip(number_at(sparsity, step).astype(jnp.float32), 0.0, 1.0)
+    value = number_at(sparsity, step)
+    if value.ndim:
+        rule, got = "give a scalar at each step", _check.describe(value)
+        raise ValueError(_check.message("prune", "sparsity", rule, got))
+    return jnp.clip(value.astype(jnp.float32), 0.0, 1.0)
 
 
 def kept_count(sparsity: jax.Array, size: int) -> jax.Array:
@@ -39,6 +43,8 @@ def kept_counts(
 ) -> dict[str, jax.Array]:
     """How many entries each leaf keeps, uint32; exactly `total` in all for an exact budget.
 
+    A leaf with a density above zero keeps one at least, as long as the total has as many.
+
     Args:
         budget: the densities.
         shapes: of the leaves.
@@ -52,14 +58,21 @@ def kept_counts(
     paths = sorted(shapes, key=lambda path: sizes[path])
     after = np.cumsum([0, *[sizes[path] for path in reversed(paths)]])[::-1][1:]
     left, carry, counts = total, jnp.float32(0.0), {}
+    # No leaf that has a share is lost to rounding, as long as there is one weight for each.
+    least = {p: jnp.uint32(densities[p] > 0) if sizes[p] else jnp.uint32(0) for p in paths}
+    others = sum(least.values(), jnp.uint32(0))
+    enough = (others <= total).astype(jnp.uint32)
     for path, room in zip(paths, after, strict=True):
         wanted = densities[path] * np.float32(sizes[path]) + carry
         rounded = jnp.clip(jnp.round(wanted), 0.0, _below(sizes[path]))
         full = np.uint32(sizes[path])
         count = jnp.where(densities[path] >= 1, full, rounded.astype(jnp.uint32))
+        count = jnp.maximum(count, least[path] * enough)
+        others = others - least[path]
         if budget.exact:
             room = np.uint32(room)
-            count = jnp.minimum(jnp.maximum(count, jnp.maximum(left, room) - room), left)
+            count = jnp.maximum(count, jnp.maximum(left, room) - room)
+            count = jnp.minimum(count, left - others * enough)
             carry = jnp.clip(wanted - count.astype(jnp.float32), -1.0, 1.0)
             left = left - count
         counts[path] = count

@@ -1,15 +1,18 @@
 """Masks that come from elsewhere, and masks read out of what there is."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxcompress import _check, tree
+from jaxcompress import _check, arrays, tree
 from jaxcompress._types import PyTree
 from jaxcompress.projections import Projection, Rows, masked, of_leaves
 from jaxcompress.pruning import _row_rules
 from jaxcompress.pruning._masks import Mask, keeps_by_path
+from jaxcompress.pruning._nm import axis_of_groups, require_nm
 
 
 def nonzero(params: PyTree, where: tree.Where = tree.is_weight) -> PyTree:
@@ -24,6 +27,7 @@ def nonzero(params: PyTree, where: tree.Where = tree.is_weight) -> PyTree:
         counts as not zero.
 
     Raises:
+        TypeError: a chosen leaf is packed.
         ValueError: `where` matches no leaf.
 
     Examples:
@@ -31,7 +35,15 @@ def nonzero(params: PyTree, where: tree.Where = tree.is_weight) -> PyTree:
         {'b': None, 'w': Array([[False,  True]], dtype=bool)}
     """
     chosen = tree.select(params, where, function="nonzero")
-    return jax.tree.map(lambda w, c: w != 0 if c else None, params, chosen)
+
+    def leaf(path, w, hit):
+        if hit and arrays.is_compressed(w):
+            rule, fix = "be dense", "Call jc.todense first."
+            text = _check.message("nonzero", "params", rule, type(w).__name__, fix, path=path)
+            raise TypeError(text)
+        return w != 0 if hit else None
+
+    return tree.map_with_path(leaf, params, chosen)
 
 
 def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
@@ -61,7 +73,9 @@ def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
     return tree.map_with_path(leaf, params)
 
 
-def from_masks(masks: PyTree, *, nm: tuple[int, int] | None = None, axis: int = -2) -> Projection:
+def from_masks(
+    masks: PyTree, *, nm: tuple[int, int] | None = None, axis: int | Mapping[str, int] = -2
+) -> Projection:
     """Fixed masks of your own as a projection.
 
     Args:
@@ -87,9 +101,12 @@ def from_masks(masks: PyTree, *, nm: tuple[int, int] | None = None, axis: int = 
         >>> jc.compress(jc.pruning.from_masks(masks), {"w": jnp.ones((1, 2)), "b": jnp.ones(2)})
         {'b': Array([1., 1.], dtype=float32), 'w': Array([[1., 0.]], dtype=float32)}
     """
+    # The caller's arrays may change afterwards.
+    masks = jax.tree.map(lambda m: m.copy() if isinstance(m, np.ndarray) else m, masks)
     if nm is not None:
-        _check.integer("from_masks", "nm[1]", nm[1], 1)
-        _check.integer("from_masks", "nm[0]", nm[0], 0, nm[1])
+        require_nm("from_masks", nm)
+        if not isinstance(axis, Mapping):
+            _check.integer("from_masks", "axis", axis, -64)
 
     def find(params, *, previous=None, grads=None, step=0):
         del previous, grads, step
@@ -98,8 +115,7 @@ def from_masks(masks: PyTree, *, nm: tuple[int, int] | None = None, axis: int = 
         def leaf(path, w):
             fields = {}
             if nm is not None:
-                along = 0 if w.ndim == 1 else _check.axis("from_masks", "axis", axis, w.ndim, path)
-                fields = {"nm": nm, "axis": along}
+                fields = {"nm": nm, "axis": axis_of_groups("from_masks", axis, path, w)}
             if _check.is_traced(given[path]):
                 return Mask.of(given[path], **fields)
             # XLA would take seconds to fold the packing of a large constant.
@@ -146,7 +162,7 @@ def _given(masks: PyTree) -> dict[str, Any]:
 
 def _read(function: str, params: PyTree, masks: PyTree) -> dict[str, jax.Array]:
     """The masks by path, each checked against its leaf."""
-    leaves = dict(tree.leaves_with_paths(params))
+    leaves = tree.by_path(function, "params", params)
     out = {}
     for path, mask in _given(masks).items():
         if mask is None:
@@ -158,8 +174,13 @@ def _read(function: str, params: PyTree, masks: PyTree) -> dict[str, jax.Array]:
         if not hasattr(mask, "dtype") or mask.dtype != bool:
             got = _check.describe(mask)
             raise TypeError(_check.message(function, "masks", "be boolean", got, path=path))
-        if mask.shape != leaves[path].shape:
-            rule = f"have the shape {list(leaves[path].shape)} of the leaf"
+        shape = getattr(leaves[path], "shape", None)
+        if shape is None or arrays.is_compressed(leaves[path]):
+            rule, got = "hold an array for each mask", _check.describe(leaves[path])
+            fix = "Make packed leaves dense with jc.todense."
+            raise TypeError(_check.message(function, "params", rule, got, fix, path=path))
+        if mask.shape != shape:
+            rule = f"have the shape {list(shape)} of the leaf"
             got = _check.describe(mask)
             raise ValueError(_check.message(function, "masks", rule, got, path=path))
         # A concrete mask stays concrete while params are traced.

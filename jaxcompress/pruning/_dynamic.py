@@ -1,6 +1,7 @@
 """Dynamic sparse training: a mask of constant size that drops weights and grows others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +10,24 @@ from jaxcompress import _check, tree
 from jaxcompress._types import Numeric
 from jaxcompress.projections import Projection, of_leaves
 from jaxcompress.pruning import _threshold
-from jaxcompress.pruning._budgets import Budget
+from jaxcompress.pruning._budgets import Budget, require_budget
 from jaxcompress.pruning._counts import fraction_at, leaf_counts
 from jaxcompress.pruning._masks import Mask
-from jaxcompress.pruning._rank import scores_of
-from jaxcompress.pruning._scores import Score, magnitude, random, uniform_like
+from jaxcompress.pruning._nm import axis_of_groups, keep_n_of_m, require_nm
+from jaxcompress.pruning._rank import require_score, scores_of
+from jaxcompress.pruning._scores import Score, magnitude, random, require_key, uniform_like
 from jaxcompress.pruning._select import largest
 
 
 def rigl(
-    sparsity: Numeric,
+    sparsity: Numeric | None = None,
     drop_fraction: Numeric = 0.3,
     *,
     key: jax.Array,
     budget: Budget | None = None,
     initial: Score | None = None,
+    nm: tuple[int, int] | None = None,
+    axis: int | Mapping[str, int] = -2,
 ) -> Projection:
     r"""Drops the smallest weights and grows those whose gradient is largest.
 
@@ -42,15 +46,19 @@ def rigl(
         budget: static. How the total is shared out, as `jc.pruning.erdos_renyi()`; None: the
             same sparsity in each leaf.
         initial: static. What the first mask is ranked by; None: at random, as in the paper.
+        nm: static. `(n, m)` instead of `sparsity`: n of each m consecutive weights live at each
+            step, and :math:`\lfloor \alpha_t n \rceil` of them are exchanged in each group.
+        axis: static. Where the groups of `nm` run, as in `jc.prune`.
 
     Returns:
         A projection whose structure has a `Mask` per leaf with exactly the wanted number of
         living weights at each step. Inside of `jc.projected` grown weights start at zero, with
-        zero moments. A weight dropped in a step may be grown in the same one.
+        zero moments. A weight dropped in a step may be grown in the same one; it just lives on.
 
     Raises:
-        ValueError: a number out of its range; no gradients: it needs `jc.projected` or
-            `jc.straight_through` (whose latent weights remember their values).
+        ValueError: a number out of its range; both or none of `sparsity` and `nm`; no gradients:
+            it needs `jc.projected` or `jc.straight_through` (whose latent weights remember
+            their values).
         TypeError: a chosen leaf is not real floating point; raised while tracing.
 
     Cost: two selections (`largest`) a find, nothing in between: wrap it in `jc.every`. It
@@ -76,16 +84,19 @@ def rigl(
             _refuse_without_gradients("rigl", path)
         return magnitude(g)
 
-    return _exchange("rigl", sparsity, drop_fraction, key, budget, initial, by_gradient)
+    keeps = _Keeps("rigl", sparsity, budget, nm, axis)
+    return _exchange(keeps, drop_fraction, key, initial, by_gradient)
 
 
 def sparse_evolution(
-    sparsity: Numeric,
+    sparsity: Numeric | None = None,
     drop_fraction: Numeric = 0.3,
     *,
     key: jax.Array,
     budget: Budget | None = None,
     initial: Score | None = None,
+    nm: tuple[int, int] | None = None,
+    axis: int | Mapping[str, int] = -2,
 ) -> Projection:
     r"""Drops the smallest weights and grows as many at random.
 
@@ -95,13 +106,15 @@ def sparse_evolution(
         key: a `jax.random.key` for the first mask and for all that grows. May be traced.
         budget: static. As in `rigl`.
         initial: static. As in `rigl`.
+        nm: static. As in `rigl`.
+        axis: static. As in `rigl`.
 
     Returns:
         As `rigl`. No gradient is needed: it works in `jc.project_params` too. The draw of a
         step depends on `key`, the step and the path of the leaf alone.
 
     Raises:
-        ValueError: a number out of its range.
+        ValueError: a number out of its range; both or none of `sparsity` and `nm`.
         TypeError: a chosen leaf is not real floating point; raised while tracing.
 
     Cost: as `rigl`.
@@ -119,48 +132,112 @@ def sparse_evolution(
         del g
         return uniform_like(jax.random.fold_in(key, 1), path, w, step)
 
-    return _exchange("sparse_evolution", sparsity, drop_fraction, key, budget, initial, at_random)
+    keeps = _Keeps("sparse_evolution", sparsity, budget, nm, axis)
+    return _exchange(keeps, drop_fraction, key, initial, at_random)
+
+
+class _Keeps(NamedTuple):
+    """How many weights live, and where: the static side of an exchange."""
+
+    function: str
+    sparsity: Numeric | None
+    budget: Budget | None
+    nm: tuple[int, int] | None
+    axis: int | Mapping[str, int]
 
 
 def _exchange(
-    function: str,
-    sparsity: Numeric,
+    keeps: _Keeps,
     drop_fraction: Numeric,
     key: jax.Array,
-    budget: Budget | None,
     initial: Score | None,
     growth: Callable[..., jax.Array],
 ) -> Projection:
-    _check.number(function, "sparsity", sparsity, 0, 1)
-    _check.number(function, "drop_fraction", drop_fraction, 0, 1)
+    function = keeps.function
+    _check.numeric(function, "drop_fraction", drop_fraction, 0, 1)
+    if initial is not None:
+        require_score(function, "initial", initial)
+    require_key(function, key)
     first = random(key) if initial is None else initial
+    renew = _unstructured(keeps) if keeps.nm is None else _in_groups(keeps, keeps.nm)
 
     def find(params, *, previous=None, grads=None, step=0):
-        counts = leaf_counts(params, params, fraction_at(sparsity, step), budget)
+        renewed = renew(params, step, fraction_at(drop_fraction, step))
         if previous is None:
             scores, _ = scores_of(first, params, None, grads, step)
-            return tree.map_arrays_with_path(lambda p, x: Mask.of(largest(x, counts[p])), scores)
+            return tree.map_arrays_with_path(lambda p, x: renewed(p, x, None, None), scores)
         grads = jax.tree.map(lambda _: None, params) if grads is None else grads
-        drop = fraction_at(drop_fraction, step)
 
         def leaf(path, w, g, mask: Mask):
-            return _renewed(w, growth(path, w, g, step), mask.keep_like(w), counts[path], drop)
+            return renewed(path, magnitude(w), mask.keep_like(w), growth(path, w, g, step))
 
         return tree.map_arrays_with_path(leaf, params, grads, previous)
 
     return of_leaves(find, from_zero=True)
 
 
-def _renewed(
-    w: jax.Array, growth: jax.Array, keep: jax.Array, count: jax.Array, drop: jax.Array
-) -> Mask:
-    """Exactly `count` weights: the largest survivors, and the rest where `growth` is largest."""
-    living = _threshold.count([keep])[0]
-    exchanged = jnp.round(drop * count.astype(jnp.float32)).astype(jnp.uint32)
-    surviving = jnp.minimum(count - jnp.minimum(exchanged, count), living)
-    survivors = largest(_ranked(magnitude(w), keep), surviving)
-    grown = largest(_ranked(growth, ~survivors), count - surviving)
-    return Mask.of(survivors | grown)
+def _unstructured(keeps: _Keeps):
+    """`(params, step, drop) -> (path, sizes, keep, growth) -> Mask`: so many of each leaf."""
+    function, sparsity, budget = keeps.function, keeps.sparsity, keeps.budget
+    if sparsity is None:
+        _refuse_both(function, "None")
+    _check.numeric(function, "sparsity", sparsity, 0, 1)
+    if budget is not None:
+        require_budget(function, "budget", budget)
+    wanted: Numeric = sparsity  # pyright: ignore[reportAssignmentType]
+
+    def at(params, step, drop):
+        counts = leaf_counts(params, params, fraction_at(wanted, step), budget)
+
+        def renewed(path, sizes, keep, growth) -> Mask:
+            count = counts[path]
+            if keep is None:
+                return Mask.of(largest(sizes, count))
+            living = _threshold.count([keep])[0]
+            exchanged = jnp.round(drop * count.astype(jnp.float32)).astype(jnp.uint32)
+            surviving = jnp.minimum(count - jnp.minimum(exchanged, count), living)
+            survivors = largest(_ranked(sizes, keep), surviving)
+            grown = largest(_ranked(growth, ~survivors), count - surviving)
+            return Mask.of(survivors | grown)
+
+        return renewed
+
+    return at
+
+
+def _in_groups(keeps: _Keeps, nm: tuple[int, int]):
+    """The same for n of each m. A short last group keeps all it has up to n."""
+    if keeps.sparsity is not None:
+        _refuse_both(keeps.function, f"sparsity={keeps.sparsity!r} and nm={nm!r}")
+    if keeps.budget is not None:
+        rule = "be left out with `nm`"
+        got = _check.describe(keeps.budget)
+        raise ValueError(_check.message(keeps.function, "budget", rule, got))
+    n, m = require_nm(keeps.function, nm)
+
+    def at(params, step, drop):
+        del params, step
+        exchanged = jnp.round(drop * n).astype(jnp.int32)
+
+        def renewed(path, sizes, keep, growth) -> Mask:
+            along = axis_of_groups(keeps.function, keeps.axis, path, sizes)
+            choose = lambda x, count: keep_n_of_m(x, count, m=m, axis=along)  # noqa: E731
+            if keep is None:
+                return Mask.of(choose(sizes, n), nm=(n, m), axis=along)
+            survivors = choose(_ranked(sizes, keep), n - exchanged) & keep
+            # What lives comes first, so that exactly n do, however few there were.
+            finite = jnp.minimum(_ranked(growth, ~survivors), jnp.finfo(growth.dtype).max)
+            ranked = jnp.where(survivors, jnp.array(jnp.inf, growth.dtype), finite)
+            return Mask.of(choose(ranked, n), nm=(n, m), axis=along)
+
+        return renewed
+
+    return at
+
+
+def _refuse_both(function: str, got: str):
+    rule = "be given, or else `nm`, but not both"
+    raise ValueError(_check.message(function, "sparsity", rule, got))
 
 
 def _ranked(scores: jax.Array, candidates: jax.Array) -> jax.Array:

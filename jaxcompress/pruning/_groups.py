@@ -75,13 +75,20 @@ def mean(scores: jax.Array, axes: tuple[int, ...], sizes: jax.Array) -> jax.Arra
     return jnp.sum(jnp.abs(scores), axes) / sizes
 
 
+def total(scores: jax.Array, axes: tuple[int, ...], sizes: jax.Array) -> jax.Array:
+    """The sum of the scores of a group with their signs, as those of `jc.pruning.grasp` have."""
+    del sizes
+    return jnp.sum(scores, axes)
+
+
 def blocks(*shape: int, norm: Norm = l1) -> Groups:
     """Blocks over the last axes of a leaf.
 
     Args:
         *shape: static. Of a block, over as many of the last axes; axes before them are cut
             into single indices. Where it does not divide, the last blocks are smaller.
-        norm: static. `jc.pruning.l1`, `l2`, `mean`, `largest_score` or one of your own.
+        norm: static. `jc.pruning.l1`, `l2`, `mean`, `largest_score` of absolute scores, `total`
+            of signed ones, or one of your own.
 
     Returns:
         Groups for `jc.prune(…, groups=…)`. A NaN makes its group's score NaN: it goes first.
@@ -103,6 +110,7 @@ def blocks(*shape: int, norm: Norm = l1) -> Groups:
     Source: Narang et al. 2017, arXiv:1711.02782; Gray et al. 2017, "GPU kernels for
     block-sparse weights".
     """
+    _require_norm("blocks", norm)
     for i, size in enumerate(shape):
         _check.integer("blocks", f"shape[{i}]", size, 1)
     _check.integer("blocks", "len(shape)", len(shape), 1)
@@ -140,6 +148,7 @@ def slices(*axes: int, norm: Norm = l2) -> Groups:
 
     Source: Li et al. 2017, arXiv:1608.08710 (with `l1`); Wen et al. 2016, arXiv:1608.03665.
     """
+    _require_norm("slices", norm)
     _check.integer("slices", "len(axes)", len(axes), 1)
     for i, axis in enumerate(axes):
         _check.integer("slices", f"axes[{i}]", axis, -64)
@@ -180,6 +189,7 @@ def heads(
 
     Source: Michel et al. 2019, arXiv:1905.10650; Voita et al. 2019, arXiv:1905.09418.
     """
+    _require_norm("heads", norm)
     _check.integer("heads", "axis", axis, -64)
     if (size is None) == (number is None):
         got = f"size={size!r}, number={number!r}"
@@ -216,6 +226,7 @@ def whole(norm: Norm = mean) -> Groups:
         >>> jax.tree.map(lambda w: float(w.sum()), jc.compress(p, params))
         {'a': 0.0, 'b': 6.0}
     """
+    _require_norm("whole", norm)
     return Groups(lambda path, leaf: tuple(max(n, 1) for n in leaf), norm)
 
 
@@ -231,7 +242,11 @@ def _reduce(scores: jax.Array, block: tuple[int, ...], norm: Norm) -> jax.Array:
     split = [part for g, b in zip(grid, block, strict=True) for part in (g, b)]
     cut = (jnp.pad(scores, padding) if padding else scores).reshape(split)
     axes = tuple(range(1, 2 * len(shape), 2))
-    return norm(cut, axes, jnp.asarray(_sizes(shape, block), scores.dtype))
+    importance = norm(cut, axes, jnp.asarray(_sizes(shape, block), scores.dtype))
+    if jnp.shape(importance) != grid:
+        rule, got = f"return shape {list(grid)}, one number a group", _check.describe(importance)
+        raise ValueError(_check.message("prune", "norm", rule, got))
+    return importance
 
 
 def _expand(kept: jax.Array, block: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
@@ -247,6 +262,12 @@ def _sizes(shape: tuple[int, ...], block: tuple[int, ...]) -> np.ndarray:
     for n, b, g in zip(shape, block, _grid(shape, block), strict=True):
         out = np.multiply.outer(out, np.minimum(b, n - b * np.arange(g)))
     return out
+
+
+def _require_norm(function: str, norm: Norm) -> None:
+    if not callable(norm):
+        rule = "be a function, as jc.pruning.l2"
+        raise TypeError(_check.message(function, "norm", rule, _check.describe(norm)))
 
 
 def _refuse(function: str, rule: str, shape: tuple[int, ...], path: str):

@@ -118,7 +118,8 @@ def hard_concrete(
         A transformation: `jc.reparametrized` with `Gated` latents, and its state. During
         training the params have random gates. `jc.pack(opt_state, params)` gives those of the
         trained model, dense with exact zeros, and `jc.todense(jc.latent(opt_state))` does
-        under `jit`. Extra arguments reach the inner optimizer.
+        under `jit`. Extra arguments reach the inner optimizer. `flax.nnx.Optimizer` rewrites
+        trees such as `Gated`: use plain Optax on `nnx.state(model)`.
 
     Raises:
         ValueError: a number out of its range; no leaf is chosen; `update` was called without
@@ -142,7 +143,7 @@ def hard_concrete(
     Source: Louizos et al. 2018, arXiv:1712.01312. Differs: all :math:`\ln\alpha` start equal,
     without the small noise of their code; a batch shares one draw of the gates.
     """
-    _check.number("hard_concrete", "penalty", penalty, 0)
+    _check.numeric("hard_concrete", "penalty", penalty, 0)
     require_open("hard_concrete", "initial_keep", initial_keep, 0, 1)
     require_numbers("hard_concrete", temperature, gamma, zeta)
     if groups is not None and not isinstance(groups, Groups):

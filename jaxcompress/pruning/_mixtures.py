@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxcompress import _check
 from jaxcompress._types import ArrayLike
-from jaxcompress.pruning._budgets import Budget, matching
+from jaxcompress.pruning._budgets import Budget, matching, require_budget
 
 
 def balanced(first: Budget, second: Budget, weight: ArrayLike) -> Budget:
@@ -29,6 +29,8 @@ def balanced(first: Budget, second: Budget, weight: ArrayLike) -> Budget:
         >>> half = jc.pruning.balanced(jc.pruning.uniform(), jc.pruning.erdos_renyi(), 0.5)
         >>> p = jc.prune(0.9, budget=half)
     """
+    require_budget("balanced", "first", first)
+    require_budget("balanced", "second", second)
     _check.number("balanced", "weight", weight, 0, 1)
 
     def densities(shapes, sizes, density):
@@ -43,7 +45,8 @@ def balanced(first: Budget, second: Budget, weight: ArrayLike) -> Budget:
 def floored(budget: Budget, floor: ArrayLike) -> Budget:
     """A budget in which no leaf keeps less than a fraction of itself.
 
-    What the floor takes, the leaves above it give in proportion to their densities.
+    What the floor takes, the leaves above it give in proportion to their densities. A leaf
+    keeps the floor of its weights up to rounding, and one at least as long as the total allows.
 
     Args:
         budget: the one to correct.
@@ -58,6 +61,7 @@ def floored(budget: Budget, floor: ArrayLike) -> Budget:
     Examples:
         >>> p = jc.prune(0.99, budget=jc.pruning.floored(jc.pruning.erdos_renyi(), 0.005))
     """
+    require_budget("floored", "budget", budget)
     _check.number("floored", "floor", floor, 0, 1)
 
     def densities(shapes, sizes, density):
@@ -102,6 +106,9 @@ def per_path(sparsities: Mapping[str, ArrayLike], default: ArrayLike | None = No
         >>> jax.tree.map(lambda w: float(w.sum()), kept)
         {'body': 4.0, 'head': 4.0}
     """
+    if not isinstance(sparsities, Mapping):
+        rule, got = "be a dict from path patterns to numbers", _check.describe(sparsities)
+        raise TypeError(_check.message("per_path", "sparsities", rule, got))
     for pattern, value in sparsities.items():
         _check.number("per_path", f"sparsities[{pattern!r}]", value, 0, 1)
     if default is not None:

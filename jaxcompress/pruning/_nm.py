@@ -1,10 +1,11 @@
 """N:M masks by comparisons inside of each group, never by a sort."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from jaxcompress import _check
 from jaxcompress._sharding import automatic
 from jaxcompress.pruning._threshold import keys, space_of
 from jaxcompress.tracing import Site
@@ -25,6 +26,10 @@ def keep_n_of_m(scores: jax.Array, n: jax.Array | int, *, m: int, axis: int) -> 
         A `bool` array of the shape of `scores` with exactly `min(n, length of the group)`
         True in each group; of equal scores the first ones are kept.
 
+    Raises:
+        TypeError: `scores` is not real floating point, `m` or `axis` no integer, `n` no number.
+        ValueError: `m` is below 1, `n` a number outside of [0, m], no such axis.
+
     Cost: m(m - 1) elementwise comparisons.
 
     Examples:
@@ -33,12 +38,43 @@ def keep_n_of_m(scores: jax.Array, n: jax.Array | int, *, m: int, axis: int) -> 
 
     Source: Mishra et al. 2021, arXiv:2104.08378, section 3.
     """
+    _check.integer("keep_n_of_m", "m", m, 1)
+    _check.number("keep_n_of_m", "n", n, 0, m)
+    scores = jnp.asarray(scores)
+    _check.floating("keep_n_of_m", "scores", scores)
+    along = _check.axis("keep_n_of_m", "axis", axis, scores.ndim)
     return automatic(
-        lambda scores, n: _keep(scores, n, m, axis % scores.ndim),
+        lambda scores, n: _keep(scores, n, m, along),
         scores,
         jnp.asarray(n, jnp.int32),
         like_first=True,
     )
+
+
+def require_nm(function: str, nm: tuple[int, int]) -> tuple[int, int]:
+    """`(n, m)`; refuses what is no such tuple."""
+    if not isinstance(nm, tuple) or len(nm) != 2:
+        raise TypeError(_check.message(function, "nm", "be a tuple (n, m)", repr(nm)))
+    n, m = nm
+    _check.integer(function, "nm[1]", m, 1)
+    _check.integer(function, "nm[0]", n, 0, m)
+    return n, m
+
+
+def axis_of_groups(function: str, axis: int | Mapping[str, int], path: str, x: jax.Array) -> int:
+    """The axis of a leaf along which its groups run, counted from the front."""
+    fix = "Choose other leaves with jc.masked."
+    if x.ndim == 0:
+        rule, got = "have leaves with a dimension when `nm` is given", _check.describe(x)
+        raise ValueError(_check.message(function, "params", rule, got, fix, path=path))
+    if x.ndim == 1:
+        return 0
+    if isinstance(axis, Mapping):
+        if path not in axis:
+            rule = "have an axis for each chosen leaf"
+            raise ValueError(_check.message(function, "axis", rule, sorted(axis), fix, path=path))
+        axis = axis[path]
+    return _check.axis(function, "axis", axis, x.ndim, path)
 
 
 def contraction_axes(sites: Sequence[Site]) -> dict[str, int]:

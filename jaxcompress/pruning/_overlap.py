@@ -1,5 +1,6 @@
 """The algebra of masks, and how much two of them share."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,9 +47,7 @@ def union(*masks: PyTree) -> PyTree:
         >>> jc.pruning.union({"w": jnp.array([True, False])}, {"w": jnp.array([False, False])})
         {'w': Array([ True, False], dtype=bool)}
     """
-    return jax.tree.map(
-        lambda *keeps: jnp.any(jnp.stack(keeps), 0), *(_boolean("union", m) for m in masks)
-    )
+    return jax.tree.map(lambda *keeps: jnp.any(jnp.stack(keeps), 0), *_alike("union", masks))
 
 
 def intersection(*masks: PyTree) -> PyTree:
@@ -59,9 +58,7 @@ def intersection(*masks: PyTree) -> PyTree:
         >>> jc.pruning.intersection(*both)
         {'w': Array([ True, False], dtype=bool)}
     """
-    return jax.tree.map(
-        lambda *keeps: jnp.all(jnp.stack(keeps), 0), *(_boolean("intersection", m) for m in masks)
-    )
+    return jax.tree.map(lambda *keeps: jnp.all(jnp.stack(keeps), 0), *_alike("intersection", masks))
 
 
 def overlap(first: PyTree, second: PyTree) -> dict[str, Overlap]:
@@ -92,18 +89,10 @@ def overlap(first: PyTree, second: PyTree) -> dict[str, Overlap]:
     Source: Jaccard 1912; for masks of different seeds, as in Evci et al. 2020,
     arXiv:1911.11134, and Paul et al. 2023, arXiv:2210.03044.
     """
-    one = dict(tree.leaves_with_paths(_boolean("overlap", first)))
-    two = dict(tree.leaves_with_paths(_boolean("overlap", second)))
-    if set(one) != set(two):
-        rule, got = "have the leaves of `first`", sorted(set(one) ^ set(two))
-        text = _check.message("overlap", "second", rule, f"trees that differ in {got}")
-        raise ValueError(text)
+    one, two = (tree.by_path("overlap", "masks", m) for m in _alike("overlap", (first, second)))
     out, counts, size = {}, jnp.zeros(3, jnp.uint32), 0
     for path, a in one.items():
         b = two[path]
-        if a.shape != b.shape:
-            rule, got = f"have the shape {list(a.shape)}", _check.describe(b)
-            raise ValueError(_check.message("overlap", "second", rule, got, path=path))
         shared = _threshold.count([a & b, a & ~b, ~a & b])
         out[path] = _overlap(shared, a.size)
         counts, size = counts + shared, size + a.size
@@ -122,6 +111,25 @@ def _overlap(counts: jax.Array, size: int) -> Overlap:
         jnp.where(either > 0, both.astype(jnp.float32) / jnp.maximum(either, 1.0), 1.0),
         jnp.where(expected > 0, one * two / jnp.where(expected > 0, expected, 1.0), 1.0),
     )
+
+
+def _alike(function: str, masks: Sequence[PyTree]) -> list[PyTree]:
+    """All trees boolean, with the leaves and shapes of the first."""
+    if not masks:
+        raise TypeError(_check.message(function, "masks", "hold at least one tree", "none"))
+    checked = [_boolean(function, each) for each in masks]
+    first = tree.by_path(function, "masks", checked[0])
+    for each in checked[1:]:
+        other = tree.by_path(function, "masks", each)
+        if set(first) != set(other):
+            rule, got = "have the same leaves", sorted(set(first) ^ set(other))
+            text = _check.message(function, "masks", rule, f"trees that differ in {got}")
+            raise ValueError(text)
+        for path, a in first.items():
+            if a.shape != other[path].shape:
+                rule, got = f"have the same shape {list(a.shape)}", _check.describe(other[path])
+                raise ValueError(_check.message(function, "masks", rule, got, path=path))
+    return checked
 
 
 def _boolean(function: str, masks: PyTree) -> PyTree:

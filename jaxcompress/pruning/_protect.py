@@ -22,6 +22,8 @@ def protected(scores: jax.Array, floor: Numeric | None, step: jax.Array) -> jax.
     if floor is None or scores.size == 0:
         return scores
     best = jnp.array(jnp.inf, scores.dtype)
+    # Infinite scores would tie with what is protected; NaN stays.
+    scores = jnp.minimum(scores, jnp.finfo(scores.dtype).max)
     if _is_zero(floor):
         return jnp.where(_first_of_largest(scores), best, scores)
     fraction = jnp.clip(number_at(floor, step).astype(jnp.float32), 0.0, 1.0)
@@ -35,8 +37,9 @@ def _is_zero(floor: Numeric) -> bool:
 
 
 def _first_of_largest(scores: jax.Array) -> jax.Array:
-    """`largest(scores, 1)` in two passes instead of eleven; nothing where all is NaN."""
+    """`largest(scores, 1)` in two passes instead of eleven; NaN counts as -inf."""
     index = _threshold.order(scores.shape, _threshold.strides(scores.shape), np.uint32(0))
-    tied = scores == jnp.max(jnp.where(jnp.isnan(scores), -jnp.inf, scores).astype(scores.dtype))
+    scores = jnp.where(jnp.isnan(scores), jnp.array(-jnp.inf, scores.dtype), scores)
+    tied = scores == jnp.max(scores)
     first = jnp.min(jnp.where(tied, index, np.uint32(2**32 - 1)))
     return tied & (index == first)

@@ -5,19 +5,20 @@ from collections.abc import Mapping
 from typing import Literal
 
 import jax
+import numpy as np
 
 from jaxcompress import _check, tree
 from jaxcompress._sharding import automatic, place_like
 from jaxcompress._types import Numeric, PyTree
 from jaxcompress.projections import Projection, Rows, of_leaves
 from jaxcompress.pruning import _row_rules
-from jaxcompress.pruning._budgets import Budget
+from jaxcompress.pruning._budgets import Budget, require_budget
 from jaxcompress.pruning._counts import fraction_at, kept_count, leaf_counts
 from jaxcompress.pruning._groups import Groups
 from jaxcompress.pruning._masks import Mask, keeps_by_path
-from jaxcompress.pruning._nm import keep_n_of_m
+from jaxcompress.pruning._nm import axis_of_groups, keep_n_of_m, require_nm
 from jaxcompress.pruning._protect import protected
-from jaxcompress.pruning._rank import observer_of, scores_of
+from jaxcompress.pruning._rank import observer_of, require_score, scores_of
 from jaxcompress.pruning._scores import Score, magnitude
 from jaxcompress.pruning._select import largest, largest_of_tree
 
@@ -65,7 +66,10 @@ def prune(
             `jc.pruning.erdos_renyi()`; None: as `scope` says.
         floor: the fraction of each leaf that a global scope keeps before leaves are compared,
             and at least one weight (or group) of each, as long as the total allows: no layer
-            collapses. None allows it. A number or a schedule; may be traced.
+            collapses. None allows it. A number or a schedule; may be traced. A budget that gives
+            a leaf anything leaves it one weight at least; `jc.pruning.floored` raises that.
+            Without either the sparsity of each leaf is exact, and so of 10 channels none is left
+            at 0.95.
 
     Returns:
         A projection whose structure has a `Mask` per leaf. NaN ranks below every number, so
@@ -99,21 +103,26 @@ def prune(
     if (sparsity is None) == (nm is None):
         got = f"sparsity={sparsity!r}, nm={nm!r}"
         _refuse("sparsity", "be given, or else `nm`, but not both", got)
-    whole = not isinstance(scope, (bool, str)) and isinstance(scope, int)
-    if scope not in ("leaf", "global") and not whole:
+    require_score("prune", "score", score)
+    whole = isinstance(scope, (int, np.integer)) and not isinstance(scope, bool)
+    if not whole and not (isinstance(scope, str) and scope in ("leaf", "global")):
         _refuse("scope", 'be "leaf", "global" or an axis', repr(scope))
     if nm is not None:
         _refuse_beside("nm", scope=(scope, "leaf"), groups=(groups, None), budget=(budget, None))
         return _prune_n_of_m(nm, axis, score)
     if budget is not None:
+        require_budget("prune", "budget", budget)
         _refuse_beside("budget", scope=(scope, "leaf"))
     if whole:
         _refuse_beside("an axis as `scope`", groups=(groups, None))
     if groups is not None and not isinstance(groups, Groups):
         _refuse("groups", "be a Groups, as jc.pruning.blocks(4, 4)", _check.describe(groups))
     if floor is not None:
-        _check.number("prune", "floor", floor, 0, 1)
-    _check.number("prune", "sparsity", sparsity, 0, 1)
+        _check.numeric("prune", "floor", floor, 0, 1)
+        if scope != "global" and (callable(floor) or _check.is_traced(floor) or floor != 0):
+            fix = "With a budget: budget=jc.pruning.floored(budget, floor)."
+            _refuse("floor", 'be left out without scope="global"', _check.describe(floor), fix)
+    _check.numeric("prune", "sparsity", sparsity, 0, 1)
     wanted: Numeric = sparsity  # pyright: ignore[reportAssignmentType]
 
     def find(params, *, previous=None, grads=None, step=0):
@@ -170,11 +179,7 @@ def _largest_along(path: str, scores: jax.Array, axis: int, sparsity: jax.Array)
 
 
 def _prune_n_of_m(nm: tuple[int, int], axis: int | Mapping[str, int], score: Score) -> Projection:
-    if not isinstance(nm, tuple) or len(nm) != 2:
-        raise TypeError(_check.message("prune", "nm", "be a tuple (n, m)", repr(nm)))
-    n, m = nm
-    _check.integer("prune", "nm[1]", m, 1)
-    _check.integer("prune", "nm[0]", n, 0, m)
+    n, m = require_nm("prune", nm)
     if not isinstance(axis, Mapping):
         _check.integer("prune", "axis", axis, -64)
 
@@ -182,25 +187,12 @@ def _prune_n_of_m(nm: tuple[int, int], axis: int | Mapping[str, int], score: Sco
         scores, statistics = scores_of(score, params, previous, grads, step)
 
         def leaf(path, x, statistic):
-            if x.ndim == 0:
-                rule, fix = "have leaves with a dimension when `nm` is given", _CHOOSE
-                text = _check.message("prune", "params", rule, _check.describe(x), fix, path=path)
-                raise ValueError(text)
-            along = 0 if x.ndim == 1 else _check.axis("prune", "axis", chosen(path), x.ndim, path)
+            along = axis_of_groups("prune", axis, path, x)
             return Mask.of(
                 keep_n_of_m(x, n, m=m, axis=along), nm=(n, m), axis=along, statistic=statistic
             )
 
         return tree.map_arrays_with_path(leaf, scores, statistics)
-
-    def chosen(path: str) -> int:
-        if not isinstance(axis, Mapping):
-            return axis
-        if path not in axis:
-            rule = "have an axis for each chosen leaf"
-            text = _check.message("prune", "axis", rule, sorted(axis), _CHOOSE, path=path)
-            raise ValueError(text)
-        return axis[path]
 
     rule = _row_rules.n_of_m(n, m) if score is magnitude else _row_rules.given
 
@@ -215,14 +207,11 @@ def _prune_n_of_m(nm: tuple[int, int], axis: int | Mapping[str, int], score: Sco
     return of_leaves(find, observer_of(score), rows=rows)
 
 
-_CHOOSE = "Choose other leaves with jc.masked."
-
-
 def _refuse_beside(what: str, **given) -> None:
     for name, (value, default) in given.items():
         if value is not default and value != default:
             _refuse(name, f"be {default!r} with {what}", repr(value))
 
 
-def _refuse(argument: str, rule: str, got: str):
-    raise ValueError(_check.message("prune", argument, rule, got))
+def _refuse(argument: str, rule: str, got: str, fix: str = ""):
+    raise ValueError(_check.message("prune", argument, rule, got, fix))

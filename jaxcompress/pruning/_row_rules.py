@@ -13,7 +13,7 @@ from jaxcompress.pruning._select import largest
 
 def _choose_by_cost(keep, rows, diagonal, start, features):
     """As many as `keep` has, spread evenly over the blocks: those whose loss costs most."""
-    total = jnp.sum(keep.astype(jnp.uint32))
+    total = jnp.sum(keep, dtype=jnp.uint32)
 
     def share(end: Any) -> jax.Array:
         part = jnp.asarray(end, jnp.float32) / features

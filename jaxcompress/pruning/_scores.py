@@ -129,11 +129,15 @@ def random(key: jax.Array) -> Callable[..., PyTree]:
         A score for `jc.prune`. Hold its mask by `jc.every(1, …, begin=0, end=0)` for static
         random sparsity.
 
+    Raises:
+        TypeError: `key` is none.
+
     Examples:
         >>> p = jc.prune(0.5, score=jc.pruning.random(jax.random.key(0)))
         >>> int((jc.compress(p, {"w": jnp.ones((4, 4))})["w"] == 0).sum())
         8
     """
+    require_key("random", key)
 
     def scores(params, *, grads=None, step=0):
         del grads
@@ -145,6 +149,16 @@ def random(key: jax.Array) -> Callable[..., PyTree]:
         return tree.map_arrays_with_path(leaf, params)
 
     return scores
+
+
+def require_key(function: str, key: Any) -> None:
+    """Refuses what `jax.random` does not take for one key."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    one = shape == () if typed else dtype is not None and dtype == jnp.uint32 and len(shape) == 1
+    if not one:
+        rule, got = "be one key of jax.random", _check.describe(key)
+        raise TypeError(_check.message(function, "key", rule, got, "Pass jax.random.key(0)."))
 
 
 def uniform_like(key: jax.Array, path: str, w: jax.Array, step: Any) -> jax.Array:
@@ -253,7 +267,7 @@ def running_fisher(decay: Numeric = 0.999) -> RunningScore:
     Source: LeCun et al. 1989, "Optimal brain damage", with the empirical Fisher of Theis et
     al. 2018, arXiv:1801.05787. Differs: gradients of batches, averaged over updates.
     """
-    _check.number("running_fisher", "decay", decay, 0, 1)
+    _check.numeric("running_fisher", "decay", decay, 0, 1)
 
     def update(mean, w, grad, step):
         del w

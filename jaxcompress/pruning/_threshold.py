@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxcompress._sharding import on_several_devices
 from jaxcompress._types import ArrayLike
 
 _BITS = 3  # of the answer per pass. 4 makes fewer passes that cost more: slower on a CPU.
@@ -136,10 +137,13 @@ def search(
 def count(tests: Sequence[jax.Array]) -> jax.Array:
     """How many entries of each of several boolean arrays are True: uint32, one per array.
 
-    A single reduction with several results: it reads what the tests share once, and XLA
-    vectorizes it on a CPU, which it does not do for a plain sum (ten times slower). It goes
-    straight to scalars, so devices exchange a few integers however the entries are sharded.
+    On one device a single reduction with several results: it reads what the tests share once,
+    and XLA vectorizes it on a CPU, which it does not do for a plain sum (ten times slower). On
+    a mesh plain sums: they go straight to scalars, which are added over the devices, where
+    the several results of one reduction would be gathered from all.
     """
+    if any(on_several_devices(t) for t in tests):
+        return jnp.stack([jnp.sum(t, dtype=np.uint32) for t in tests])
     terms = tuple(t.astype(np.uint32) for t in tests)
     if terms[0].ndim:
         terms = lax.reduce(

@@ -134,10 +134,18 @@ def _masks(projection: Projection, params: PyTree) -> PyTree:
 
 
 def _trained(train: Train, params: PyTree, masks: PyTree, begin: int, end: int) -> PyTree:
-    out = train(params, masks, begin, end)
+    # Of its own, so that `train` may donate them: the start is needed again.
+    copies = jax.tree.map(lambda w: jnp.array(w) if isinstance(w, jax.Array) else w, params)
+    out = train(copies, masks, begin, end)
     if jax.tree.structure(out) != jax.tree.structure(params):
         rule, got = "return params of the same structure", str(jax.tree.structure(out))
         raise ValueError(_check.message("lottery_tickets", "train", rule, got))
+    before = dict(tree.leaves_with_paths(params))
+    for path, w in tree.leaves_with_paths(out):
+        want, got = _check.describe(before[path]), _check.describe(w)
+        if hasattr(before[path], "dtype") and want != got:
+            rule = f"return params of the same shapes and dtypes ({want})"
+            raise ValueError(_check.message("lottery_tickets", "train", rule, got, path=path))
     held = dict(tree.leaves_with_paths(masks))
     for path, w in tree.leaves_with_paths(out):
         if path in held and bool(jnp.any((w != 0) & ~held[path])):

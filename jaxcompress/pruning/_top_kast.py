@@ -7,7 +7,7 @@ import optax
 from jaxcompress import _check, tree
 from jaxcompress._types import ArrayLike, Numeric
 from jaxcompress.projections import every, restricted, straight_through
-from jaxcompress.pruning._budgets import Budget
+from jaxcompress.pruning._budgets import Budget, require_budget
 from jaxcompress.pruning._prune import prune
 
 
@@ -58,6 +58,9 @@ def top_kast(
     """
     _check.number("top_kast", "forward", forward, 0, 1)
     _check.number("top_kast", "backward", backward, 0, 1)
+    _check.number("top_kast", "decay", decay, 0)
+    if budget is not None:
+        require_budget("top_kast", "budget", budget)
     known = not (_check.is_traced(forward) or _check.is_traced(backward))
     if known and not np.asarray(backward) <= np.asarray(forward) < 1:
         rule = "be below 1 and at least `backward`"

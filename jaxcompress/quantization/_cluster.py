@@ -92,7 +92,7 @@ def cluster(
     Source: Han et al. 2016, arXiv:1510.00149, section 3. Differs: an empty cluster keeps its
     value, and the centroids are fitted to the weights at each `find`, not by their gradients.
     """
-    _check.number("cluster", "num_values", num_values, 1, 256)
+    _check.numeric("cluster", "num_values", num_values, 1, 256)
     _check.integer("cluster", "iterations", iterations, 0)
     if max_values is None:
         if isinstance(num_values, bool) or not isinstance(num_values, (int, np.integer)):
@@ -107,7 +107,7 @@ def cluster(
             )
         max_values = int(num_values)
     _check.integer("cluster", "max_values", max_values, 1, 256)
-    _check.number("cluster", "num_values", num_values, 1, max_values)
+    _check.numeric("cluster", "num_values", num_values, 1, max_values)
     size = max_values
 
     def find(params, *, previous=None, grads=None, step=0):

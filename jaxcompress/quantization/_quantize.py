@@ -64,7 +64,7 @@ def quantize(
     Rastegari et al. 2016, arXiv:1603.05279, section 3.1. Differs: an exact zero stays zero at
     one bit, and the mean is taken without it.
     """
-    _check.number("quantize", "bits", bits, 1, 8)
+    _check.numeric("quantize", "bits", bits, 1, 8)
     if group_size is not None:
         _check.integer("quantize", "group_size", group_size, 1)
     _check.integer("quantize", "group_axis", group_axis, -64)

@@ -64,8 +64,9 @@ def masks(
         title = f"{short(path, 30)}: {100 * live:.0f}% live" + (f", {found}" if found else "")
         dress(axes, title)
         axes.grid(False)
-        cells = density(dense.reshape(-1, dense.shape[-1]) != 0, pixels)
-        extent = (0, dense.shape[-1], math.prod(dense.shape[:-1]), 0)
+        rows, length = math.prod(dense.shape[:-1]), dense.shape[-1]
+        cells = density(dense.reshape(rows, length) != 0, pixels)
+        extent = (0, length, rows, 0)
         axes.imshow(
             cells, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
             extent=extent if cells.size else None,

@@ -1,5 +1,6 @@
 """Compressing once: in the space of the weights, or of the outputs of each layer."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -172,17 +173,13 @@ def _job(path: str, w: jax.Array, layout: Layout, gram: jax.Array, uses) -> _Job
 
 def _solved(jobs: list[_Job], how: How) -> dict[str, jax.Array]:
     """All layers of one shape, one after the other through one loop."""
-    rules = jobs[0].rules
 
     def together(*parts):
         return jnp.concatenate(parts)
 
-    def layer(given):
-        w, gram, data = given
-        return _project_layer(w, gram, rules, data, how)
-
-    w, gram, data = jax.tree.map(together, *((job.w, job.gram, job.data) for job in jobs))
-    solved = lax.map(layer, (w, gram, data))
+    given = jax.tree.map(together, *((job.w, job.gram, job.data) for job in jobs))
+    rules = tuple(jobs[0].rules)
+    solved = _layers(given, jnp.asarray(how.damping), rules, how.block_size, how.act_order)
     out, first = {}, 0
     for job in jobs:
         last = first + job.w.shape[0]
@@ -191,7 +188,19 @@ def _solved(jobs: list[_Job], how: How) -> dict[str, jax.Array]:
     return out
 
 
-def _project_layer(w, gram, rules: list[RowRule], data, how: How) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _layers(given, damping, rules, block_size: int, act_order: bool) -> jax.Array:
+    """Compiled once for each shape and each projection, also where the caller is not."""
+    how = How(damping, block_size, act_order)
+
+    def layer(one):
+        w, gram, data = one
+        return _project_layer(w, gram, data, rules, how)
+
+    return lax.map(layer, given)
+
+
+def _project_layer(w, gram, data, rules: tuple[RowRule, ...], how: How) -> jax.Array:
     features = w.shape[0]
     groups = [rule.group for rule in rules if rule.group is not None]
     block = math.lcm(*groups) if groups else max(1, min(how.block_size, features))

@@ -172,9 +172,10 @@ def _shares(losses: jax.Array, removed: jax.Array) -> jax.Array:
     cost = lax.cummax(losses, axis=0)
     # A sort is nothing next to the k steps that made each of these numbers.
     last = jnp.sort(cost.ravel())[jnp.maximum(removed - 1, 0)]
-    below = jnp.sum((cost < last).astype(jnp.int32), axis=0)
-    tied = jnp.sum((cost == last).astype(jnp.int32), axis=0)
-    rest = removed - jnp.sum(below) - (jnp.cumsum(tied) - tied)
+    below = jnp.sum(cost < last, axis=0, dtype=jnp.int32)
+    tied = jnp.sum(cost == last, axis=0, dtype=jnp.int32)
+    before = jnp.cumsum(tied, dtype=jnp.int32) - tied
+    rest = removed - jnp.sum(below, dtype=jnp.int32) - before
     return below + jnp.clip(rest, 0, tied)
 
 

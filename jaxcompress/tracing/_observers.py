@@ -79,7 +79,7 @@ def absmax(*, per: Per = "tensor") -> Observer:
         return jnp.maximum(state, jnp.max(jnp.abs(_wide(x)), axis=axis, initial=0.0))
 
     return Observer(
-        lambda features: jnp.zeros(_shape(per, features)),
+        lambda features: jnp.zeros(_shape(per, features), jnp.float32),
         update,
         jnp.maximum,
         lambda state: Range(-state, state),
@@ -111,7 +111,7 @@ def min_max(*, per: Per = "tensor") -> Observer:
 
     def init(features):
         shape = _shape(per, features)
-        return Range(jnp.full(shape, jnp.inf), jnp.full(shape, -jnp.inf))
+        return Range(*(jnp.full(shape, end, jnp.float32) for end in (jnp.inf, -jnp.inf)))
 
     return Observer(init, update, merge, finalize)
 
@@ -163,8 +163,8 @@ def moving_average(decay: Numeric = 0.99, *, per: Per = "tensor") -> Observer:
         return Range(state.low * scale, state.high * scale)
 
     def init(features):
-        zero = jnp.zeros(_shape(per, features))
-        return _Average(jnp.ones(()), zero, zero)
+        zero = jnp.zeros(_shape(per, features), jnp.float32)
+        return _Average(jnp.ones((), jnp.float32), zero, zero)
 
     return Observer(init, update, merge, finalize)
 
@@ -209,8 +209,8 @@ def mean_variance(*, per: Per = "tensor") -> Observer:
         return Moments(state.count, state.mean, state.squares / jnp.maximum(state.count, 1.0))
 
     def init(features):
-        zero = jnp.zeros(_shape(per, features))
-        return _Sums(jnp.zeros(()), zero, zero)
+        zero = jnp.zeros(_shape(per, features), jnp.float32)
+        return _Sums(jnp.zeros((), jnp.float32), zero, zero)
 
     return Observer(init, update, merge, finalize)
 
@@ -233,7 +233,7 @@ def gram() -> Observer:
         return Gram(a.count + b.count, a.matrix + b.matrix)
 
     def init(features):
-        return Gram(jnp.zeros(()), jnp.zeros((features, features)))
+        return Gram(jnp.zeros((), jnp.float32), jnp.zeros((features, features), jnp.float32))
 
     return Observer(init, update, merge, lambda state: state)
 

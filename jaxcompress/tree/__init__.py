@@ -1,5 +1,6 @@
 """Choosing leaves by path, walking them, counting their bytes: the bottom layer."""
 
+from jaxcompress.tree._paths import by_path as by_path
 from jaxcompress.tree._paths import is_array_like as is_array_like
 from jaxcompress.tree._paths import leaves_with_paths as leaves_with_paths
 from jaxcompress.tree._paths import map_arrays_with_path as map_arrays_with_path

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from jaxcompress import _check
 from jaxcompress._types import PyTree
 
 
@@ -41,6 +42,25 @@ def leaves_with_paths(
     """
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_leaf_test(is_leaf))
     return [(path_string(path), leaf) for path, leaf in flat]
+
+
+def by_path(
+    function: str, argument: str, tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> dict[str, Any]:
+    """From the path of each leaf to the leaf; refuses a tree in which two have the same.
+
+    Examples:
+        >>> by_path("overlap", "first", {"b": [1, 2]})
+        {'b/0': 1, 'b/1': 2}
+    """
+    leaves = leaves_with_paths(tree, is_leaf)
+    out = dict(leaves)
+    if len(out) < len(leaves):
+        paths = [path for path, _ in leaves]
+        twice = sorted({path for path in paths if paths.count(path) > 1})
+        rule = "have a path of its own for each leaf"
+        raise ValueError(_check.message(function, argument, rule, twice))
+    return out
 
 
 def map_with_path(

@@ -1,5 +1,7 @@
 """What the adapters promise: exact landing, time, accumulation, extra arguments, reading."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -290,6 +292,30 @@ def test_factors_are_quantized_by_packing_twice():
     assert error < 0.02 * jnp.linalg.norm(once["w"].todense())
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: jc.straight_through(optax.sgd(0.1), jc.prune(0.5)),
+        lambda: jc.projected(optax.sgd(0.1), jc.every(2, jc.prune(0.5))),
+        lambda: jc.pruning.top_kast(optax.sgd(0.1), 0.5, 0.25),
+        lambda: jc.pruning.hard_concrete(optax.sgd(0.1), 1e-3, key=jax.random.key(0)),
+        lambda: jc.reparametrized(optax.sgd(0.1), jc.pruning.powerpropagation(2.0)),
+        lambda: jc.reparametrized(optax.sgd(0.1), jc.low_rank_factors(rank=2)),
+    ],
+    ids=["straight_through", "projected", "top_kast", "hard_concrete", "power", "low_rank"],
+)
+def test_params_and_state_may_be_donated(make):
+    opt, params = make(), contract.params()
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = opt.update(contract.params(seed=3), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(params, opt.init(params))
+    step(params, state)
+
+
 def test_own_projection_packs_through_itself_only():
     p = jc.Projection(
         find=lambda params, *, previous=None, grads=None, step=0: jax.tree.map(jnp.abs, params),
@@ -349,7 +375,7 @@ BAD = {
     "schedule of a static": (
         lambda: jc.scheduled(jc.quantize)(8, group_size=lambda s: 4),
         TypeError,
-        "must be static",
+        "static integer",
     ),
     "every": (lambda: jc.every(0, jc.prune(0.5)), ValueError, "real number of at least 1"),
     "strength": (lambda: jc.relaxed(jc.prune(0.5), 1.5), ValueError, "\\[0, 1\\]"),

@@ -113,6 +113,27 @@ def test_finding_before_the_update_changes_nothing_but_speed(way, optimizer):
         assert zeros[-1] >= 0.5  # what RigL has just grown is zero too
 
 
+@pytest.mark.parametrize("way", ["magnitude", "scored", "rigl"])
+@pytest.mark.parametrize("held", [False, True])
+def test_inside_of_masked_and_partition(way, held):
+    p = jc.every(2, WAYS[way][0]()) if held else WAYS[way][0]()
+    params, grads = contract.params(), contract.params(seed=5)
+    inner = jc.projected(lenient(optax.adam(1e-2)), p)
+    chosen = jax.tree.map(lambda w: w.shape == (16, 8), params)
+    labels = jax.tree.map(lambda w: "one" if w.shape == (16, 8) else "other", params)
+    other = lenient(optax.sgd(0.1))
+    for opt in (
+        optax.masked(inner, chosen),
+        optax.partition({"one": inner, "other": other}, labels),
+    ):
+        now, state, update = params, opt.init(params), jax.jit(opt.update)
+        for _ in range(3):
+            updates, state = update(grads, state, now)
+            now = optax.apply_updates(now, updates)
+        assert float((now["a"]["kernel"] == 0).mean()) >= 0.5
+        assert float((now["b"]["kernel"] == 0).mean()) < 0.1
+
+
 def test_quantization_drops_nothing():
     opt = jc.projected(lenient(optax.adam(1e-2)), jc.quantize(2))
     params = contract.params()

@@ -95,6 +95,21 @@ class TestRestricted:
         with pytest.raises(ValueError, match="restricted: `projection` must drop entries"):
             jc.restricted(optax.sgd(0.1), jc.quantize(4)).init(contract.params())
 
+    def test_an_accumulation_inside_is_one_update(self):
+        p = jc.prune(0.5, score=jc.pruning.movement())
+        accumulated = optax.MultiSteps(optax.sgd(0.1), 2)
+        opt = jc.restricted(lenient(accumulated.gradient_transformation()), p)
+        params = contract.params()
+        state, update = opt.init(params), jax.jit(opt.update)
+        seen = []
+        for i in range(4):
+            updates, state = update(contract.params(seed=60 + i), state, params)
+            params = optax.apply_updates(params, updates)
+            seen.append((int(state.step), np.asarray(state.structure["a/kernel"].statistic)))
+        assert [step for step, _ in seen] == [0, 1, 1, 2]
+        np.testing.assert_array_equal(seen[1][1], seen[2][1])
+        assert (seen[0][1] != seen[1][1]).any()
+
     def test_one_clock_for_a_vmap(self):
         opt = jc.restricted(optax.sgd(0.1), jc.every(10, jc.prune(0.5)))
         state = opt.init(contract.params())

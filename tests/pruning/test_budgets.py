@@ -141,6 +141,22 @@ def test_totals_of_millions_are_exact(sparsity, name):
     assert all(0 <= found[p] <= n for p, n in sizes_of(shapes).items())
 
 
+def test_no_leaf_with_a_share_is_lost_to_rounding():
+    shapes = {"big": (64, 64), "small": (8, 4), "none": (0, 4)}
+    for budget in (
+        jc.pruning.uniform(),
+        jc.pruning.erdos_renyi(),
+        jc.pruning.floored(jc.pruning.uniform(), 0.001),
+    ):
+        for sparsity in (0.9, 0.99, 0.999):
+            found, total = counts(budget, shapes, sparsity)
+            assert sum(found.values()) == total
+            assert found["small"] >= 1
+            assert found["none"] == 0
+        found, total = counts(budget, shapes, 1 - 1 / 4128)
+        assert sum(found.values()) == total == 1
+
+
 def test_the_ends():
     for budget in (jc.pruning.uniform(), jc.pruning.erdos_renyi()):
         assert counts(budget, MANY, 0.0)[0] == sizes_of(MANY)

@@ -120,8 +120,12 @@ class TestRigl:
         """jaxpruner's works with 6 of 18 and crashes on models with biases."""
         for make in (
             optax.sgd,
+            optax.noisy_sgd,
             optax.adam,
             optax.adamw,
+            optax.adamax,
+            optax.adabelief,
+            optax.amsgrad,
             optax.lion,
             optax.rmsprop,
             optax.adagrad,
@@ -131,15 +135,24 @@ class TestRigl:
             optax.nadam,
             optax.radam,
             optax.novograd,
+            optax.sm3,
+            optax.fromage,
         ):
-            opt = jc.projected(lenient(make(0.01)), pr.rigl(0.75, 0.5, key=KEY))
-            params = contract.params()
-            state = opt.init(params)
-            updates, after = jax.jit(opt.update)(contract.params(seed=1), state, params)
-            out = optax.apply_updates(params, updates)
-            assert int((out["a"]["kernel"] != 0).sum()) <= 32
-            assert int(after.structure["a/kernel"].keep.sum()) == 32
-            assert bool((out["a"]["bias"] != params["a"]["bias"]).any()), make
+            extra = {"key": KEY} if make is optax.noisy_sgd else {}
+            opt = jc.projected(lenient(make(0.01, **extra)), pr.rigl(0.75, 0.5, key=KEY))
+            params, update = contract.params(), jax.jit(opt.update)
+            before = opt.init(params)
+            for seed in (1, 2):
+                updates, state = update(contract.params(seed=seed), before, params)
+                params = optax.apply_updates(params, updates)
+                keep, held = keep_of(state), keep_of(before)
+                assert keep.sum() == 32
+                assert (keep != held).any()
+                kernel = np.asarray(params["a"]["kernel"])
+                # What has just been grown is zero too.
+                np.testing.assert_array_equal(kernel != 0, keep & held)
+                assert (np.asarray(params["a"]["bias"]) != 0).all(), make
+                before = state
 
     def test_nan_and_infinite_gradients_keep_the_count(self):
         params, g = contract.params(), contract.params(seed=1)
@@ -150,6 +163,58 @@ class TestRigl:
         nothing = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), g)
         _, state = opt.update(nothing, opt.init(params), params)
         assert keep_of(state).sum() == 32
+
+
+class TestGroups:
+    """jaxpruner's N:M masks never change."""
+
+    @pytest.mark.parametrize("way", ["rigl", "sparse_evolution"])
+    def test_n_of_each_m_live_and_the_mask_moves(self, way):
+        opt = jc.projected(optax.sgd(0.1), getattr(pr, way)(nm=(2, 4), key=KEY))
+        steps = trail(opt, contract.params(), 6)
+        for (_, state, _), (params, after, _) in itertools.pairwise(steps):
+            keep, before = keep_of(after), keep_of(state)
+            assert (keep.reshape(4, 4, 8).sum(1) == 2).all()
+            # A third of two is one: at most one of each group is exchanged.
+            assert ((keep & before).reshape(4, 4, 8).sum(1) >= 1).all()
+            assert (keep != before).any()
+            np.testing.assert_array_equal(np.asarray(params["a"]["kernel"]) != 0, keep & before)
+
+    def test_by_the_gradient_in_each_group(self):
+        opt = jc.projected(optax.sgd(0.1), pr.rigl(None, 0.5, key=KEY, nm=(2, 4)))
+        for (w, state, g), (_, after, _) in itertools.pairwise(trail(opt, contract.params(), 3)):
+            keep, grad = keep_of(state), f64(g["a"]["kernel"])
+            moved = np.where(keep, np.abs(f64(w["a"]["kernel"]) - 0.1 * grad), -1.0)
+            want = np.zeros_like(keep)
+            for i in range(0, 16, 4):
+                for j in range(8):
+                    s = best(moved[i : i + 4, j], 1)
+                    grown = best(np.where(s, -1.0, np.abs(grad[i : i + 4, j])), 1)
+                    want[i : i + 4, j] = s | grown
+            np.testing.assert_array_equal(keep_of(after), want)
+
+    def test_ragged_groups_axes_and_packing(self):
+        params = {"w": jax.random.normal(KEY, (3, 6))}
+        p = pr.sparse_evolution(nm=(1, 4), axis=-1, key=KEY)
+        opt = jc.projected(optax.sgd(0.1), p)
+        updates, state = opt.update(params, opt.init(params), params)
+        keep = np.asarray(state.structure["w"].keep)
+        assert (keep[:, :4].sum(1) == 1).all()
+        assert (keep[:, 4:].sum(1) == 1).all()
+        assert state.structure["w"].nm == (1, 4)
+        packed = jc.pack(state, optax.apply_updates(params, updates))
+        np.testing.assert_array_equal(jc.todense(packed)["w"] != 0, keep & (updates["w"] != 0))
+
+    def test_bad_input(self):
+        for make in (pr.rigl, pr.sparse_evolution):
+            with pytest.raises(ValueError, match="`sparsity` must be given, or else `nm`"):
+                make(0.5, key=KEY, nm=(2, 4))
+            with pytest.raises(ValueError, match="`sparsity` must be given, or else `nm`"):
+                make(key=KEY)
+            with pytest.raises(ValueError, match="`budget` must be left out with `nm`"):
+                make(key=KEY, nm=(2, 4), budget=pr.uniform())
+            with pytest.raises(TypeError, match=r"`nm` must be a tuple \(n, m\), got 2"):
+                make(key=KEY, nm=2)
 
 
 class TestSparseEvolution:

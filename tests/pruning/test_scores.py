@@ -251,6 +251,23 @@ class TestScopes:
         masks = jc.prune(31 / 32, scope="global").find(params)
         assert sum(int(m.keep.sum()) for m in masks.values()) == 1
 
+    def test_a_floor_holds_against_infinite_and_missing_scores(self):
+        params = {"a": jnp.full((2, 2), jnp.inf), "b": jnp.ones((2, 2))}
+        masks = jc.prune(0.5, scope="global").find(params)
+        assert [int(masks[k].keep.sum()) for k in "ab"] == [3, 1]
+        params = {"a": jnp.full((2, 2), jnp.nan), "b": jnp.ones((2, 2))}
+        for floor in (0.0, 1e-9):
+            masks = jc.prune(0.5, scope="global", floor=floor).find(params)
+            assert [int(masks[k].keep.sum()) for k in "ab"] == [1, 3]
+
+    def test_formats_without_infinity(self):
+        w = jnp.array([[1.0, 2.0, 4.0, 8.0]]).astype(jnp.float8_e4m3fn)
+        for scope in ("leaf", "global"):
+            out = jc.compress(jc.prune(0.5, scope=scope), {"w": w})["w"]
+            np.testing.assert_array_equal(out.astype(jnp.float32), [[0, 0, 4, 8]])
+        with pytest.raises(TypeError, match="`params` must have a zero, got float8_e8m0fnu"):
+            jc.compress(jc.prune(0.5), {"w": w.astype(jnp.float8_e8m0fnu)})
+
     def test_floors_and_scopes_trace(self):
         params = contract.params()
         one = counting_jit(lambda f: jc.compress(jc.prune(0.7, scope="global", floor=f), params))

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxcompress as jc
 from jaxcompress.pruning import _threshold
 from jaxcompress.pruning._select import _clipped, largest, largest_of_tree
 
@@ -277,6 +279,40 @@ def test_sharded_scores_are_not_gathered(kind, spec):
     sizes = collective_sizes(compiled.as_text())
     assert sizes, "the devices have to agree"
     assert max(sizes) <= 16
+
+
+@pytest.mark.parametrize("scope", ["global", "leaf"])
+@pytest.mark.parametrize("adapter", [jc.projected, jc.straight_through])
+def test_eight_devices_exchange_scalars_alone(adapter, scope):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    put = lambda seed, spec: jax.device_put(  # noqa: E731
+        jax.random.normal(jax.random.key(seed), (64, 32)), NamedSharding(mesh, spec)
+    )
+    params = {"a": put(0, P("x", None)), "b": put(1, P(None, "x"))}
+    opt = adapter(optax.sgd(0.1), jc.every(10, jc.prune(0.9, scope=scope)))
+    state = jax.jit(opt.init)(params)
+    text = jax.jit(opt.update).lower(params, state, params).compile().as_text()
+    moves = [x for x in text.splitlines() if re.search(r" (all-|collective-|reduce-sc)[\w-]*\(", x)]
+    assert moves
+    for line in moves:
+        assert " all-reduce" in line, line
+        shapes = re.findall(r"[a-z]\w*\[([\d,]*)\]", line.split(" all-reduce")[0])
+        assert set(shapes) == {""}, line
+
+
+def test_a_mesh_that_is_not_the_current_one():
+    """`jax.make_mesh` is Explicit by default, and `jax.set_mesh` is not always called."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])
+    w = jax.random.normal(jax.random.key(0), (32, 16))
+    sharding = NamedSharding(mesh, P("x", None))
+    params = {"w": jax.device_put(w, sharding)}
+    for p in (jc.prune(0.5), jc.prune(0.5, groups=jc.pruning.slices(-1)), jc.prune(nm=(2, 4))):
+        opt = jc.projected(optax.sgd(0.1), jc.every(2, p))
+        updates, state = jax.jit(opt.update)(params, jax.jit(opt.init)(params), params)
+        want, _ = opt.update({"w": w}, opt.init({"w": w}), {"w": w})
+        np.testing.assert_allclose(updates["w"], want["w"], rtol=1e-6)
+        assert updates["w"].sharding.is_equivalent_to(sharding, 2)
+        assert state.structure.inner["w"].keep.shape == (32, 16)
 
 
 def collective_sizes(text):

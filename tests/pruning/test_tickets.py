@@ -94,7 +94,26 @@ def test_training_with_held_masks_compiles_once():
         np.testing.assert_array_equal(after.params["w"] == 0, ~after.masks["w"])
 
 
+def test_a_training_may_donate_its_params():
+    before = jax.tree.map(np.asarray, PARAMS)
+    step = jax.jit(lambda params, masks: pruned(params, masks), donate_argnums=0)
+    train = lambda params, masks, begin, end: step(params, masks)  # noqa: E731
+    rounds = list(lottery_tickets(train, PARAMS, [0.5, 0.75], steps=1))
+    assert len(rounds) == 3
+    jax.tree.map(np.testing.assert_array_equal, PARAMS, before)
+
+
+def pruned(params, masks):
+    new = jax.tree.map(lambda w: 0.9 * w, params)
+    return jc.pruning.apply_masks(new, masks)
+
+
 def test_what_does_not_fit_is_refused():
+    narrow = lambda params, masks, begin, end: jax.tree.map(  # noqa: E731
+        lambda w: w.astype(jnp.bfloat16), params
+    )
+    with pytest.raises(ValueError, match=r"of the same shapes and dtypes .* got bfloat16"):
+        next(lottery_tickets(narrow, PARAMS, [0.5], steps=2))
     with pytest.raises(ValueError, match=r"`sparsities` must be a real number in \[0\.5, 1\]"):
         lottery_tickets(drift, PARAMS, [0.5, 0.25], steps=2)
     with pytest.raises(ValueError, match="`rewind_to` must be a static integer"):

@@ -372,3 +372,25 @@ def test_parts_of_a_leaf_are_refused():
     stats = calibrated(lambda w, x: x @ w[:, :3], w, x)
     with pytest.raises(ValueError, match=r"use the whole leaf in one way, .* at 'w'"):
         jc.compress(jc.prune(0.5), {"w": w}, stats=stats)
+
+
+def test_a_second_call_compiles_nothing():
+    """Also where the caller is not under `jit`, as in a notebook."""
+    params, x = {"w": draw(24, 6), "v": draw(24, 6, seed=3)}, inputs(40, 24)
+    stats = jc.calibrate(lambda p, x: (x @ p["w"], x @ p["v"]), params, [x], gram=True)
+    traced = []
+
+    def project(row, structure, i):
+        traced.append(1)
+        return jnp.round(row)
+
+    rule = jc.projections.RowRule(lambda data, rows, diagonal, start, features: (), project)
+    p = jc.prune(0.5)._replace(
+        rows=lambda params, *, step=0: [jc.projections.Rows(rule, dict.fromkeys(params, ()), {})]
+    )
+    jc.compress(p, params, stats=stats)
+    first = len(traced)
+    assert first > 0
+    for damping in (0.01, 0.1):
+        jc.compress(p, params, stats=stats, damping=damping)
+    assert len(traced) == first
