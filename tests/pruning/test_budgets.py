@@ -264,9 +264,10 @@ def test_prune_follows_its_budget_leaf_by_leaf():
     rng = np.random.default_rng(0)
     params = {p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, s in MANY.items()}
     budget = jc.pruning.erdos_renyi()
+    find = jax.jit(lambda sparsity: jc.prune(sparsity, budget=budget).find(params))
     for sparsity in (0.5, 0.9):
         want, total = counts(budget, MANY, sparsity)
-        masks = jc.prune(sparsity, budget=budget).find(params)
+        masks = find(sparsity)
         for path, mask in masks.items():
             order = np.sort(np.abs(params[path]).ravel())[::-1]
             keep = np.abs(params[path]) >= order[want[path] - 1]

@@ -139,7 +139,8 @@ class TestRigl:
             optax.fromage,
         ):
             extra = {"key": KEY} if make is optax.noisy_sgd else {}
-            opt = jc.projected(lenient(make(0.01, **extra)), pr.rigl(0.75, 0.5, key=KEY))
+            p = jc.masked(pr.rigl(0.75, 0.5, key=KEY), "a/kernel")
+            opt = jc.projected(lenient(make(0.01, **extra)), p)
             params, update = contract.params(), jax.jit(opt.update)
             before = opt.init(params)
             for seed in (1, 2):
