@@ -67,8 +67,12 @@ def alternated(
             active, due = active | last, (due & ~last) | (step == at(end, step))
         if previous is None:
             return Timed(active, projection.find(params, grads=grads, step=step))
-        again = lambda: projection.find(params, previous=previous.inner, grads=grads, step=step)  # noqa: E731
-        return Timed(active, found_when(due, again, previous.inner))
+        inner = found_when(
+            due,
+            lambda: projection.find(params, previous=previous.inner, grads=grads, step=step),
+            previous.inner,
+        )
+        return Timed(active, inner)
 
     return timed(
         projection,

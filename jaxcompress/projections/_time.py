@@ -98,8 +98,12 @@ def every(
         if previous is None:
             return Timed(started(step), projection.find(params, grads=grads, step=step))
         now = due(step)
-        again = lambda: projection.find(params, previous=previous.inner, grads=grads, step=step)  # noqa: E731
-        return Timed(previous.active | now, found_when(now, again, previous.inner))
+        inner = found_when(
+            now,
+            lambda: projection.find(params, previous=previous.inner, grads=grads, step=step),
+            previous.inner,
+        )
+        return Timed(previous.active | now, inner)
 
     again = lambda everywhere: every(steps, everywhere, begin, end)  # noqa: E731
     return timed(projection, find, again)._replace(due=due)
