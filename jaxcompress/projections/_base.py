@@ -131,11 +131,7 @@ def of_leaves(
 def _paths(params: PyTree) -> tuple[list[str], Any]:
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [tree.path_string(path) for path, _ in flat]
-    if len(set(paths)) < len(paths):
-        twice = sorted({path for path in paths if paths.count(path) > 1})
-        raise ValueError(
-            _check.message("find", "params", "have a path of its own for each leaf", twice)
-        )
+    tree.require_distinct("find", "params", paths)
     return paths, treedef
 
 

@@ -38,13 +38,12 @@ def restricted(
             as ever.
 
     Returns:
-        A transformation with the state `RestrictedState(step, inner, structure)`.
+        A transformation with the state `RestrictedState(step, inner, structure)`. With an
+        accumulation inside (`optax.MultiSteps`) its clock is that of the updates applied.
 
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: `update` was called without `params`, or the projection drops nothing.
-
-    Inside of an accumulation (`optax.MultiSteps`) the clock is that of the updates applied.
 
     Cost: `find` when it is due and two elementwise passes.
 

@@ -6,6 +6,7 @@ from jaxcompress.tree._paths import leaves_with_paths as leaves_with_paths
 from jaxcompress.tree._paths import map_arrays_with_path as map_arrays_with_path
 from jaxcompress.tree._paths import map_with_path as map_with_path
 from jaxcompress.tree._paths import path_string as path_string
+from jaxcompress.tree._paths import require_distinct as require_distinct
 from jaxcompress.tree._select import Where as Where
 from jaxcompress.tree._select import all_of as all_of
 from jaxcompress.tree._select import any_of as any_of

@@ -54,13 +54,16 @@ def by_path(
         {'b/0': 1, 'b/1': 2}
     """
     leaves = leaves_with_paths(tree, is_leaf)
-    out = dict(leaves)
-    if len(out) < len(leaves):
-        paths = [path for path, _ in leaves]
+    require_distinct(function, argument, [path for path, _ in leaves])
+    return dict(leaves)
+
+
+def require_distinct(function: str, argument: str, paths: list[str]) -> None:
+    """Refuses two leaves of one path, such as `{"a/b": …, "a": {"b": …}}` has."""
+    if len(set(paths)) < len(paths):
         twice = sorted({path for path in paths if paths.count(path) > 1})
         rule = "have a path of its own for each leaf"
         raise ValueError(_check.message(function, argument, rule, twice))
-    return out
 
 
 def map_with_path(
