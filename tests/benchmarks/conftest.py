@@ -34,15 +34,22 @@ def seconds(call) -> float:
     return time.perf_counter() - start
 
 
-def paired(calls: dict, rounds: int) -> dict[str, list[float]]:
-    """Times of several calls, taken in turn in each round, after one warm-up round."""
+def paired(calls: dict, rounds: int, turns: int = 1) -> dict[str, list[float]]:
+    """Times of several calls, taken in turn, after one warm-up: for each round a sum of `turns`.
+
+    A shared machine changes its speed from second to second; short turns meet it alike.
+    """
     for call in calls.values():
         seconds(call)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds):
-        names = list(calls) if i % 2 == 0 else list(calls)[::-1]
-        for name in names:
-            times[name].append(seconds(calls[name]))
+    for r in range(rounds):
+        spent = dict.fromkeys(calls, 0.0)
+        for i in range(turns):
+            names = list(calls) if (r + i) % 2 == 0 else list(calls)[::-1]
+            for name in names:
+                spent[name] += seconds(calls[name])
+        for name, total in spent.items():
+            times[name].append(total)
     return times
 
 

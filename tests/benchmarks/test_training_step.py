@@ -58,6 +58,16 @@ OPTIMIZERS = {
         optax.adam(1e-3), jc.quantize(4, group_size=32)
     ),
 }
+# What a step may cost, in steps of plain Adam.
+ALLOWED = {
+    "held mask, projected": 1.05,
+    "held mask, project_params": 1.05,
+    "mask refreshed every 100, projected": 1.05,
+    "mask by RigL renewed every 100, projected": 1.05,
+    "mask found in each step, straight-through": 2.0,
+    "int8 straight-through": 1.15,
+    "int4 grouped straight-through": 1.15,
+}
 
 
 class Loop:
@@ -88,9 +98,9 @@ class Loop:
 def test_step(benchmark, name):
     ours, plain = Loop(OPTIMIZERS[name]()), Loop(optax.adam(1e-3))
     # A round holds one refresh where there are any, so that its cost is in the mean step.
-    steps, rounds = (100, 7) if "every 100" in name else (10, 21)
-    calls = {"ours": lambda: ours.advance(steps), "adam": lambda: plain.advance(steps)}
-    times = paired(calls, rounds)
+    steps = 100
+    calls = {"ours": lambda: ours.advance(2), "adam": lambda: plain.advance(2)}
+    times = paired(calls, rounds=5, turns=steps // 2)
     benchmark.pedantic(lambda: jax.block_until_ready(ours.advance()), rounds=3)
     params = ours.carry[0]
     column = np.asarray(params["layer0"]["kernel"])[:, 0]
@@ -100,10 +110,12 @@ def test_step(benchmark, name):
         assert len(np.unique(column.round(6))) <= 255
     else:
         assert all(len(np.unique(run.round(6))) <= 15 for run in np.split(column[:768], 24))
+    ratio = median_ratio(times, "ours", "adam")
     benchmark.extra_info.update(
-        ratio_to_adam=round(median_ratio(times, "ours", "adam"), 4),
+        ratio_to_adam=round(ratio, 4),
         ms_per_step=round(1e3 / steps * statistics.median(times["ours"]), 3),
         ms_per_step_adam=round(1e3 / steps * statistics.median(times["adam"]), 3),
         compile_seconds=round(ours.compile_seconds, 3),
         compile_seconds_adam=round(plain.compile_seconds, 3),
     )
+    assert ratio <= ALLOWED[name]
