@@ -13,6 +13,8 @@ from jaxcompress.arrays._base import todense as todense
 from jaxcompress.arrays._block import BlockSparse as BlockSparse
 from jaxcompress.arrays._block import block_sparse as block_sparse
 from jaxcompress.arrays._codebook import Codebook as Codebook
+from jaxcompress.arrays._hadamard import hadamard as hadamard
+from jaxcompress.arrays._hadamard import hadamard_order as hadamard_order
 from jaxcompress.arrays._low_rank import LowRank as LowRank
 from jaxcompress.arrays._masked import BitMasked as BitMasked
 from jaxcompress.arrays._masked import bit_mask as bit_mask
@@ -24,8 +26,15 @@ from jaxcompress.arrays._packed import Packed as Packed
 from jaxcompress.arrays._packed import pack_bits as pack_bits
 from jaxcompress.arrays._parts import cast as cast
 from jaxcompress.arrays._parts import partition_specs as partition_specs
+from jaxcompress.arrays._quantized import Groups as Groups
 from jaxcompress.arrays._quantized import Quantized as Quantized
 from jaxcompress.arrays._quantized import expand_groups as expand_groups
+from jaxcompress.arrays._quantized import group_pairs as group_pairs
+from jaxcompress.arrays._rescaled import Rescaled as Rescaled
+from jaxcompress.arrays._rescaled import rescale as rescale
+from jaxcompress.arrays._rotated import Rotated as Rotated
+from jaxcompress.arrays._rotated import rotate as rotate
+from jaxcompress.arrays._rotated import rotate_back as rotate_back
 from jaxcompress.arrays._rows import Rows as Rows
 from jaxcompress.arrays._rows import rows as rows
 from jaxcompress.arrays._rows import take_rows as take_rows

@@ -13,6 +13,8 @@ from jaxcompress.arrays import _base
 from jaxcompress.arrays._codebook import Codebook
 from jaxcompress.arrays._low_rank import LowRank
 from jaxcompress.arrays._quantized import Quantized
+from jaxcompress.arrays._rescaled import Rescaled
+from jaxcompress.arrays._rotated import Rotated
 
 
 def cast(leaf: Any, dtype: Any) -> Any:
@@ -23,9 +25,9 @@ def cast(leaf: Any, dtype: Any) -> Any:
         dtype: static. A floating-point dtype.
 
     Returns:
-        The same class. Quantized arrays and codebooks only note the dtype. The factors of a
-        low-rank array and the values of a sparse one are cast, so that a low-rank array may
-        differ by the rounding of its factors.
+        The same class. Quantized, rescaled and rotated arrays and codebooks only note the
+        dtype. The factors of a low-rank array and the values of a sparse one are cast, so that
+        a low-rank array may differ by the rounding of its factors.
 
     Raises:
         TypeError: `leaf` holds no floating-point values, or `dtype` is no such dtype.
@@ -40,7 +42,7 @@ def cast(leaf: Any, dtype: Any) -> Any:
         raise TypeError(_check.message("cast", "leaf", rule, _check.describe(leaf)))
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(_check.message("cast", "dtype", "be a floating-point dtype", dtype.name))
-    if isinstance(leaf, (Quantized, Codebook)):
+    if isinstance(leaf, (Quantized, Codebook, Rescaled, Rotated)):
         return dataclasses.replace(leaf, dtype=dtype)
     if isinstance(leaf, LowRank):
         return LowRank(*(_cast_part(x, dtype) for x in (leaf.u, leaf.v)))
@@ -81,6 +83,12 @@ def partition_specs(leaf: Any, spec: PartitionSpec) -> Any:
         scale = _part_specs(leaf.scale, axes)
         zero_point = None if leaf.zero_point is None else _part_specs(leaf.zero_point, axes)
         return dataclasses.replace(leaf, codes=codes, scale=scale, zero_point=zero_point)
+    if isinstance(leaf, Rescaled):
+        inner, scale = _part_specs(leaf.inner, axes), _part_specs(leaf.scale, axes)
+        return None if inner is None else dataclasses.replace(leaf, inner=inner, scale=scale)
+    if isinstance(leaf, Rotated) and axes[leaf.axis] is None:
+        inner, signs = _part_specs(leaf.inner, axes), PartitionSpec()
+        return None if inner is None else dataclasses.replace(leaf, inner=inner, signs=signs)
     return None
 
 

@@ -1,4 +1,4 @@
-"""Integers with scales and zero points."""
+"""Integers or narrow floats with scales and zero points."""
 
 import dataclasses
 import functools
@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays import _base
+
+Groups = tuple[int, int] | tuple[tuple[int, int], ...] | None
+"""`(axis, size)`, or several, where a scale serves `size` consecutive entries; None: nowhere."""
 
 
 @functools.partial(
@@ -23,20 +26,24 @@ class Quantized(_base.Sized):
     Where the codes are sparse, an absent one stands for the value 0, whatever the zero point.
 
     Attributes:
-        codes: :math:`c`, an int8 or uint8 array, `Packed`, or a sparse array of codes.
-        scale: :math:`\Delta`, float32, of the rank of the codes, of size 1 along shared axes.
-        zero_point: :math:`z`, uint8 of the shape of `scale`, or None for 0.
+        codes: :math:`c`, an int8, uint8, float8_e4m3fn or float8_e5m2 array, `Packed`, a sparse
+            array of one of these; or, without a zero point, a float32 `Codebook`, whose values
+            the scales then multiply.
+        scale: :math:`\Delta`, of the rank of the codes, of size 1 along shared axes: float32,
+            bfloat16 or float8_e8m0fnu, or itself a `Quantized` array of dtype float32.
+        zero_point: :math:`z`, integers or float32 of the shape of `scale`, or None for 0.
         dtype: static. That of the dense array.
         group: static. `(axis, size)`: along that axis one scale serves `size` consecutive
-            entries, and the last one what is left. None for no groups.
+            entries, and the last one what is left. Several such pairs for blocks. None for no
+            groups.
         binary: static. The codes 0 and 1 stand for -1 and 1.
     """
 
     codes: Any
-    scale: jax.Array
+    scale: Any
     zero_point: jax.Array | None
     dtype: np.dtype
-    group: tuple[int, int] | None = None
+    group: Groups = None
     binary: bool = False
 
     @property
@@ -53,7 +60,8 @@ class Quantized(_base.Sized):
             steps = steps - self._expand(self.zero_point).astype(jnp.float32)
         if _base.is_sparse(self.codes):
             steps = jnp.where(self.codes.present(), steps, 0.0)
-        return (steps * self._expand(self.scale)).astype(self.dtype)
+        scale = _base.todense(self.scale).astype(jnp.float32)
+        return (steps * self._expand(scale)).astype(self.dtype)
 
     def _expand(self, x: jax.Array) -> jax.Array:
         return expand_groups(x, shape=self.shape, group=self.group)
@@ -64,17 +72,31 @@ class Quantized(_base.Sized):
         )
 
 
-def expand_groups(
-    scale: jax.Array, *, shape: tuple[int, ...], group: tuple[int, int] | None
-) -> jax.Array:
-    """One entry per group as one entry per index of the grouped axis.
+def expand_groups(scale: jax.Array, *, shape: tuple[int, ...], group: Groups) -> jax.Array:
+    """One entry per group as one entry per index of the grouped axes.
 
     Args:
-        scale: one entry per group along the grouped axis.
+        scale: one entry per group along each grouped axis.
         shape: static. That of the dense array.
-        group: static. `(axis, size)`, or None: then `scale` is returned.
+        group: static. `(axis, size)`, several of these, or None: then `scale` is returned.
+
+    Examples:
+        >>> jc.arrays.expand_groups(jnp.array([1.0, 2.0]), shape=(5,), group=(0, 3))
+        Array([1., 1., 1., 2., 2.], dtype=float32)
+    """
+    for axis, size in group_pairs(group):
+        scale = jnp.repeat(scale, size, axis=axis)
+        scale = jax.lax.slice_in_dim(scale, 0, shape[axis], axis=axis)
+    return scale
+
+
+def group_pairs(group: Groups) -> tuple[tuple[int, int], ...]:
+    """The groups of a `Quantized` array as pairs of an axis and a size.
+
+    Examples:
+        >>> group_pairs((0, 128)), group_pairs(((0, 128), (1, 128))), group_pairs(None)
+        (((0, 128),), ((0, 128), (1, 128)), ())
     """
     if group is None:
-        return scale
-    axis, size = group
-    return jax.lax.slice_in_dim(jnp.repeat(scale, size, axis=axis), 0, shape[axis], axis=axis)
+        return ()
+    return group if not group or isinstance(group[0], tuple) else (group,)  # pyright: ignore[reportReturnType]

@@ -16,7 +16,9 @@ from jaxcompress.arrays._low_rank import LowRank
 from jaxcompress.arrays._masked import BitMasked
 from jaxcompress.arrays._nm import NM
 from jaxcompress.arrays._packed import Packed
-from jaxcompress.arrays._quantized import Quantized, expand_groups
+from jaxcompress.arrays._quantized import Quantized, expand_groups, group_pairs
+from jaxcompress.arrays._rescaled import Rescaled
+from jaxcompress.arrays._rotated import Rotated
 
 
 class Rows(NamedTuple):
@@ -126,25 +128,26 @@ def _low_rank(leaf: LowRank) -> Rows:
 
 
 def _quantized(leaf: Quantized) -> Rows:
-    group = leaf.group
-    parts: dict[str, Any] = {"scale": leaf.scale, "zero_point": leaf.zero_point}
-    if group is not None and group[0] == 0:
+    parts = {"scale": leaf.scale, "zero_point": leaf.zero_point}
+    present = {name: x for name, x in parts.items() if x is not None}
+    pairs = group_pairs(leaf.group)
+    first = tuple(pair for pair in pairs if pair[0] == 0)
+    if first:
         # A row lies in one group: its scale is that of its group.
-        parts = {
-            name: None if x is None else expand_groups(x, shape=leaf.shape, group=group)
-            for name, x in parts.items()
+        present = {
+            name: expand_groups(_base.todense(x), shape=leaf.shape, group=first)
+            for name, x in present.items()
         }
-        group = None
-    elif group is not None:
-        group = (group[0] - 1, group[1])
-    own = {name: x for name, x in parts.items() if x is not None and x.shape[0] == leaf.shape[0]}
-    shared = {name: x[0] for name, x in parts.items() if x is not None and name not in own}
-    absent = dict.fromkeys(name for name, x in parts.items() if x is None)
+    rest = tuple((axis - 1, size) for axis, size in pairs if axis > 0)
+    group = rest if len(rest) > 1 else rest[0] if rest else None
+    own = {name: _rows(x) for name, x in present.items() if x.shape[0] == leaf.shape[0]}
+    shared = {name: _base.todense(x)[0] for name, x in present.items() if name not in own}
 
     def rebuilt(codes, row):
-        return dataclasses.replace(leaf, codes=codes, group=group, **(shared | absent | row))
+        mine = {name: own[name].rebuild(part) for name, part in row.items()}
+        return dataclasses.replace(leaf, codes=codes, group=group, **(shared | mine))
 
-    return _with_codes(leaf.codes, own, rebuilt)
+    return _with_codes(leaf.codes, {name: cut.stacked for name, cut in own.items()}, rebuilt)
 
 
 def _codebook(leaf: Codebook) -> Rows:
@@ -164,6 +167,23 @@ def _with_codes(codes: Any, own: dict[str, Any], rebuilt: Callable[[Any, Any], A
         return Rows((stacked, own), dense)
     stacked, rebuild = _rows(codes)
     return Rows((stacked, own), lambda row: rebuilt(rebuild(row[0]), row[1]))
+
+
+def _rescaled(leaf: Rescaled) -> Rows:
+    stacked, rebuild = _rows(leaf.inner)
+    if leaf.scale.shape[0] == 1:
+        return Rows(stacked, lambda row: Rescaled(rebuild(row), leaf.scale[0], leaf.dtype))
+    return Rows((stacked, leaf.scale), lambda row: Rescaled(rebuild(row[0]), row[1], leaf.dtype))
+
+
+def _rotated(leaf: Rotated) -> Rows:
+    if leaf.axis == 0:
+        # A row is a sum over all of them.
+        return Rows(leaf.todense(), lambda row: row)
+    stacked, rebuild = _rows(leaf.inner)
+    return Rows(
+        stacked, lambda row: dataclasses.replace(leaf, inner=rebuild(row), axis=leaf.axis - 1)
+    )
 
 
 def _sparse(leaf: Any) -> Rows:
@@ -268,6 +288,8 @@ _CUTS: dict[type, Callable[[Any], Rows]] = {
     LowRank: _low_rank,
     Quantized: _quantized,
     Codebook: _codebook,
+    Rescaled: _rescaled,
+    Rotated: _rotated,
     BitMasked: _sparse,
     BlockSparse: _sparse,
     NM: _sparse,

@@ -18,6 +18,10 @@ from jaxcompress.arrays import (
     LowRank,
     Packed,
     Quantized,
+    Rescaled,
+    Rotated,
+    group_pairs,
+    hadamard_order,
     is_sparse,
 )
 
@@ -30,7 +34,13 @@ KINDS: dict[str, tuple[type, tuple[str, ...], tuple[str, ...]]] = {
     "quantized": (Quantized, ("codes", "scale", "zero_point"), ("dtype", "group", "binary")),
     "low_rank": (LowRank, ("u", "v"), ()),
     "codebook": (Codebook, ("codes", "values"), ("dtype",)),
+    "rescaled": (Rescaled, ("inner", "scale"), ("dtype",)),
+    "rotated": (Rotated, ("inner", "signs"), ("axis", "order", "dtype")),
 }
+
+# What codes and scales of a quantized array may be besides integers and float32.
+_NARROW = tuple(np.dtype(x) for x in (jnp.float8_e4m3fn, jnp.float8_e5m2))
+_SCALES = tuple(np.dtype(x) for x in (jnp.float32, jnp.bfloat16, jnp.float8_e8m0fnu))
 
 # No array of this many entries exists; larger sizes overflow in the compiler.
 _MOST_ENTRIES = 1 << 40
@@ -55,8 +65,12 @@ def require(holds: Any, rule: str) -> None:
 
 def static_to_json(name: str, value: Any) -> Any:
     """A static field as JSON."""
-    if name in ("shape", "group", "block"):
-        return None if value is None else [int(v) for v in value]
+    if name in ("shape", "block"):
+        return [int(v) for v in value]
+    if name == "group":
+        several = value is not None and any(isinstance(v, tuple) for v in value)
+        one = lambda pair: [int(v) for v in pair]  # noqa: E731
+        return None if value is None else [one(v) for v in value] if several else one(value)
     if name == "dtype":
         return np.dtype(value).name
     return bool(value) if name in ("signed", "binary") else int(value)
@@ -67,6 +81,8 @@ def static_from_json(name: str, value: Any) -> Any:
     if name in ("shape", "group", "block"):
         if name == "group" and value is None:
             return None
+        if name == "group" and isinstance(value, list) and value and isinstance(value[0], list):
+            return tuple(static_from_json(name, pair) for pair in value)
         natural = isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
         require(natural, f"`{name}` must be a list of natural numbers")
         return tuple(value)
@@ -145,24 +161,42 @@ def _check_nm(x: NM) -> None:
 
 def _check_quantized(x: Quantized) -> None:
     require(jnp.issubdtype(x.dtype, jnp.floating), "`dtype` must be floating point")
-    _require_codes(x.codes)
-    shape = list(x.codes.shape)
-    if x.group is not None:
-        fits = len(x.group) == 2 and x.group[0] < len(shape) and x.group[1] >= 1
-        require(fits, "`group` must be an axis of the codes and a size of at least 1")
-        axis, size = x.group
+    if isinstance(x.codes, Codebook):
+        require(x.codes.dtype == np.float32, "`codes` that are a codebook must be float32")
+        alone = x.zero_point is None and not x.binary
+        require(alone, "`zero_point` must be None for codes that are a codebook")
+    else:
+        _require_codes(x.codes, _NARROW)
+    floats = jnp.issubdtype(x.codes.dtype, jnp.floating)
+    require(not (x.binary and floats), "`binary` codes must be integer")
+    shape, grouped = list(x.codes.shape), _require_groups(x.group, len(x.codes.shape))
+    for axis, size in grouped.items():
         shape[axis] = -(-shape[axis] // size)
-    grouped = None if x.group is None else x.group[0]
-    require(_plain(x.scale) and x.scale.dtype == np.float32, "`scale` must be float32")
+    nested = isinstance(x.scale, Quantized) and x.scale.dtype == np.float32
+    plain = _plain(x.scale) and x.scale.dtype in _SCALES
+    require(nested or plain, "`scale` must be float32, a narrower float or float32 `Quantized`")
     fits = len(x.scale.shape) == len(shape) and all(
-        s == full or (s == 1 and i != grouped)
+        s == full or (s == 1 and i not in grouped)
         for i, (s, full) in enumerate(zip(x.scale.shape, shape, strict=True))
     )
     require(fits, f"`scale` must have 1 or all entries along each axis of {tuple(shape)}")
     if x.zero_point is not None:
-        whole = _plain(x.zero_point) and jnp.issubdtype(x.zero_point.dtype, jnp.integer)
-        require(whole, "`zero_point` must be integer")
+        real = _plain(x.zero_point) and (
+            jnp.issubdtype(x.zero_point.dtype, jnp.integer) or x.zero_point.dtype == np.float32
+        )
+        require(real, "`zero_point` must be integer or float32")
         require(x.zero_point.shape == x.scale.shape, "`zero_point` must have the shape of `scale`")
+
+
+def _require_groups(group: Any, ndim: int) -> dict[int, int]:
+    """The sizes of groups by their axes."""
+    rule = "`group` must have an axis of the codes and a size of at least 1 in each pair"
+    pairs = group_pairs(group)
+    require(all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs), rule)
+    fits = all(isinstance(v, (int, np.integer)) for pair in pairs for v in pair)
+    require(fits and all(0 <= axis < ndim and size >= 1 for axis, size in pairs), rule)
+    require(len(dict(pairs)) == len(pairs), "`group` must have distinct axes")
+    return dict(pairs)
 
 
 def _check_low_rank(x: LowRank) -> None:
@@ -185,6 +219,36 @@ def _check_codebook(x: Codebook) -> None:
     require(within, f"`codes` must be indices into {len(x.values)} values")
 
 
+def _check_rescaled(x: Rescaled) -> None:
+    _require_inner(x)
+    require(_plain(x.scale) and x.scale.dtype == np.float32, "`scale` must be float32")
+    shape = x.inner.shape
+    fits = len(x.scale.shape) == len(shape) and all(
+        s in (1, full) for s, full in zip(x.scale.shape, shape, strict=True)
+    )
+    require(fits, f"`scale` must have 1 or all entries along each axis of {shape}")
+
+
+def _check_rotated(x: Rotated) -> None:
+    _require_inner(x)
+    shape = x.inner.shape
+    require(0 <= x.axis < len(shape), "`axis` must be an axis of `inner`")
+    require(_plain(x.signs) and x.signs.dtype == np.int8, "`signs` must be int8")
+    length = shape[x.axis]
+    require(x.signs.shape == (length,), f"`signs` must have {length} entries")
+    require((np.abs(x.signs) == 1).all(), "`signs` must be 1 and -1")
+    # Of large orders there is none beyond the sizes of arrays, whose divisors are many.
+    known = 1 <= x.order <= max(length, 1) and length % x.order == 0
+    known = known and x.order < 1 << 24 and hadamard_order(x.order) == x.order
+    require(known, f"`order` must divide {length} and be that of a known Hadamard matrix")
+
+
+def _require_inner(x: Any) -> None:
+    require(jnp.issubdtype(x.dtype, jnp.floating), "`dtype` must be floating point")
+    real = hasattr(x.inner, "dtype") and jnp.issubdtype(x.inner.dtype, jnp.floating)
+    require(real, "`inner` must be floating point")
+
+
 _CHECKS = {
     Packed: _check_packed,
     BitMasked: _check_bit_masked,
@@ -193,6 +257,8 @@ _CHECKS = {
     Quantized: _check_quantized,
     LowRank: _check_low_rank,
     Codebook: _check_codebook,
+    Rescaled: _check_rescaled,
+    Rotated: _check_rotated,
 }
 
 
@@ -209,10 +275,11 @@ def _require_entries(x: Any) -> None:
     require(_plain(x) or isinstance(x, Packed), "`values` must be an array or packed bits")
 
 
-def _require_codes(x: Any) -> None:
+def _require_codes(x: Any, floats: tuple[np.dtype, ...] = ()) -> None:
     known = _plain(x) or isinstance(x, Packed) or is_sparse(x)
     require(known, "`codes` must be an array, packed bits or a sparse array")
-    require(jnp.issubdtype(x.dtype, jnp.integer), "`codes` must be integer")
+    fits = jnp.issubdtype(x.dtype, jnp.integer) or x.dtype in floats
+    require(fits, f"`codes` must be integer{' or float8' if floats else ''}")
 
 
 def _integers(x: Packed) -> np.ndarray:

@@ -127,9 +127,12 @@ def codes_of(weight: Quantized, dtype: Any) -> jax.Array:
     steps = weight.codes.astype(dtype)
     if weight.binary:
         return steps + steps - jnp.ones((), dtype)
-    if weight.zero_point is not None:
-        steps = steps - weight.zero_point.astype(dtype)
-    return steps
+    if weight.zero_point is None:
+        return steps
+    if jnp.issubdtype(weight.zero_point.dtype, jnp.floating):
+        # Integers of 8 bits are exact in any dtype, others are taken off before rounding.
+        return (weight.codes.astype(jnp.float32) - weight.zero_point).astype(dtype)
+    return steps - weight.zero_point.astype(dtype)
 
 
 def weight_only(x: jax.Array, weight: Quantized, dot: Dot, dtype: Any) -> jax.Array:
@@ -165,7 +168,8 @@ def integer(x: jax.Array, weight: Quantized, dot: Dot, dtype: Any, step: jax.Arr
         sums = jnp.sum(q, axis=contracted, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
         # Along contracted axes the zero point is of size 1: they are the scale's.
         total = total - to_result(sums, dot.x, dot) * to_result(zero_point, dot.w, dot)
-    total = total * to_result(step, dot.x, dot) * to_result(weight.scale, dot.w, dot)
+    scale = weight.scale.astype(jnp.float32)
+    total = total * to_result(step, dot.x, dot) * to_result(scale, dot.w, dot)
     return total.astype(dtype)
 
 
@@ -178,7 +182,7 @@ def _signed(weight: Quantized) -> tuple[jax.Array, jax.Array | None]:
     if weight.codes.dtype == jnp.int8:
         return weight.codes, zero_point
     shifted = (weight.codes.astype(jnp.int16) - 128).astype(jnp.int8)
-    base = jnp.zeros_like(weight.scale) if zero_point is None else zero_point
+    base = jnp.zeros(weight.scale.shape, jnp.float32) if zero_point is None else zero_point
     return shifted, base - 128
 
 

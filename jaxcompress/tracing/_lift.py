@@ -34,6 +34,8 @@ def lift(
     per output or leaf  result. Integer products if `activations` says so
     other codes,        decoded where they are used, by fused elementwise operations;
     sparse, N:M         an embedding decodes only the rows that are asked for
+    scaled or rotated   the activations are scaled or rotated first, also before they are
+    input features      rounded to integers, then what is inside is multiplied
     ==================  ==============================================================
 
     A leaf is followed through transposes, reshapes, casts, slices and `jit`, `scan` (one layer
@@ -52,6 +54,7 @@ def lift(
             int32; or static ranges by site name, as `jc.calibrate(fn, jc.todense(params), …)` gives
             them: one step, :math:`\max(-low, high) / 127` over all features, which may be
             traced. A token with a NaN becomes NaN; with static ranges the NaN counts as zero.
+            Leaves in scaled or rotated features take `"dynamic"` only.
         densify: static. `"allow"` makes leaves dense where there is no rule.
 
     Returns:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import arrays
-from jaxcompress.tracing import _dot, _views
+from jaxcompress.tracing import _dot, _moved, _views
 from jaxcompress.tracing._blocks import multiply_blocks
 from jaxcompress.tracing._conv import thin_conv
 from jaxcompress.tracing._gather import take
@@ -40,7 +40,9 @@ def apply_rule(
     name, others = eqn.primitive.name, values[:operand] + values[operand + 1 :]
     if name == "dot_general":
         dot, dtype = _dot.read_dot(eqn, operand), eqn.outvars[0].aval.dtype
-        return multiply(others[0], weight.value, dot, dtype, step_of)
+        return multiply(others[0], weight.value, dot, dtype, step_of, weight.path)
+    if isinstance(weight.value, _moved.MOVED):
+        return _apply_moved(weight, operand, values, eqn, run, step_of)
     value = _unpacked(weight.value)
     low_rank = isinstance(value, (Product, arrays.LowRank))
 
@@ -52,7 +54,7 @@ def apply_rule(
     if name == "conv_general_dilated" and operand == 1:
         return thin_conv(others[0], _views.as_product(value), eqn) if low_rank else decoded()
     if name == "gather" and operand == 0:
-        rows = take(value, others[0], eqn)
+        rows = take(weight.value, others[0], eqn)
         return rows if rows is not None or low_rank else decoded()
     if name in _ELEMENTWISE and not low_rank:
         return decoded()
@@ -66,10 +68,42 @@ def apply_rule(
     return None
 
 
-def multiply(x: jax.Array, value: Any, dot: _dot.Dot, dtype: Any, step_of: StepOf) -> jax.Array:
+def _apply_moved(
+    weight: Weight, operand: int, values: list[Any], eqn: Any, run: Callable, step_of: StepOf
+) -> Any:
+    """For a leaf in scaled or rotated features: what is inside meets activations in the same."""
+    name, value = eqn.primitive.name, weight.value
+    others = values[:operand] + values[operand + 1 :]
+    if name == "conv_general_dilated" and operand == 1:
+        x, inner = _moved.conv_activations(others[0], value, eqn.params), _moved.inside(value)
+        if x is not None:
+            step_of = _moved.step_inside(step_of, weight.path)
+            if not hasattr(type(inner), "todense"):
+                return run([x, inner])[0][0]
+            return apply_rule(Weight(inner, weight.path), 1, [x, inner], eqn, run, step_of)
+    if name == "gather" and operand == 0:
+        rows = take(value, others[0], eqn)
+        if rows is not None:
+            return rows
+    decoding = _ELEMENTWISE | {"conv_general_dilated", "gather", "ragged_dot_general"}
+    if name in decoding:
+        return run([*values[:operand], value.todense(), *values[operand + 1 :]])[0][0]
+    viewed = _moved.moved_view(value, eqn, others, run) if operand == 0 else None
+    if viewed is None or isinstance(viewed, jax.Array):
+        return viewed
+    return Weight(viewed, weight.path)
+
+
+def multiply(
+    x: jax.Array, value: Any, dot: _dot.Dot, dtype: Any, step_of: StepOf, path: str | None = None
+) -> jax.Array:
     """A matrix product with a compressed array, or with a plain one."""
     if isinstance(value, Joined):
         return _multiply_parts(x, value, dot, dtype, step_of)
+    moved = _moved.dot_activations(x, value, dot) if isinstance(value, _moved.MOVED) else None
+    if moved is not None:
+        step_of = _moved.step_inside(step_of, path)
+        return multiply(moved, _moved.inside(value), dot, dtype, step_of, path)
     y = _multiply_blocks(x, value, dot, dtype) if step_of is None else None
     if y is not None:
         return y
@@ -77,7 +111,7 @@ def multiply(x: jax.Array, value: Any, dot: _dot.Dot, dtype: Any, step_of: StepO
     if isinstance(value, (Product, arrays.LowRank)):
         return _dot.thin(x, _views.as_product(value), dot, dtype)
     if _views.is_plain(value) and _dot.scales_outside(value, dot):
-        if step_of is None:
+        if step_of is None or not jnp.issubdtype(value.codes.dtype, jnp.integer):
             return _dot.weight_only(x, value, dot, dtype)
         return _dot.integer(x, value, dot, dtype, step_of(x, dot))
     dense = value.todense() if hasattr(type(value), "todense") else value
@@ -93,6 +127,7 @@ def _multiply_blocks(x: jax.Array, value: Any, dot: _dot.Dot, dtype: Any) -> jax
         return None
     if not _dot.scales_outside(value, dot):
         return None
+    value = dataclasses.replace(value, scale=arrays.todense(value.scale))
     steps = arrays.todense(value.codes.values).astype(x.dtype)
     codes = dataclasses.replace(value.codes, values=steps)
     y = multiply_blocks(x, codes, dot, _dot.wide(x.dtype))
@@ -125,9 +160,10 @@ def join(values: list[Any], eqn: Any) -> Weight | None:
 
 
 def _unpacked(value: Any) -> Any:
-    """Codes of less than 8 bits one to a byte, where nothing else stands for a value."""
+    """Packed codes one by one and nested scales as floats, where scales may stay outside."""
     if not isinstance(value, arrays.Quantized) or value.group is not None:
         return value
+    value = dataclasses.replace(value, scale=arrays.todense(value.scale))
     if isinstance(value.codes, arrays.Packed) or (
         arrays.is_compressed(value.codes) and _absent_is_zero(value)
     ):

@@ -51,6 +51,7 @@ def is_plain(value: Any) -> bool:
         isinstance(value, arrays.Quantized)
         and value.group is None
         and not arrays.is_compressed(value.codes)
+        and not arrays.is_compressed(value.scale)
     )
 
 
@@ -72,7 +73,7 @@ def view(value: Any, eqn: Any, others: list[Any], run: Callable[..., Any]) -> An
     if name == "stop_gradient":
         return jax.tree.map(jax.lax.stop_gradient, value)
     if name == "convert_element_type":
-        return _cast(value, out.dtype)
+        return cast(value, out.dtype)
     if name in ("slice", "dynamic_slice") and not isinstance(value, (Product, arrays.LowRank)):
         return _cut(value, eqn, others, run)
     if name not in _VIEWS:
@@ -97,7 +98,10 @@ def as_product(value: Any) -> Product:
     return of_factors(u, v, value.dtype)
 
 
-def _cast(value: Any, dtype: Any) -> Any:
+def cast(value: Any, dtype: Any) -> Any:
+    """A compressed array or a view of one in another floating-point dtype; None for others."""
+    if not hasattr(type(value), "todense"):
+        return value.astype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
     if isinstance(value, Product):
@@ -121,21 +125,7 @@ def _plain_view(value: Any, eqn: Any, run: Callable[..., Any]) -> Any:
     new = eqn.outvars[0].aval.shape
 
     def part(x):
-        if x is None:
-            return None
-        if name == "transpose":
-            return jax.lax.transpose(x, params["permutation"])
-        if name == "rev":
-            return jax.lax.rev(x, [d for d in params["dimensions"] if x.shape[d] > 1])
-        if name == "broadcast_in_dim":
-            shape = list(new)
-            for i, d in enumerate(params["broadcast_dimensions"]):
-                shape[d] = x.shape[i]
-            for d in set(range(len(new))) - set(params["broadcast_dimensions"]):
-                shape[d] = new[d] if x is value.codes else 1
-            return jax.lax.broadcast_in_dim(x, shape, params["broadcast_dimensions"])
-        shape = _reshaped(x.shape, old, new)
-        return None if shape is None else x.reshape(shape)
+        return None if x is None else part_view(x, old, eqn, whole=x is value.codes)
 
     if name == "broadcast_in_dim" and any(
         old[i] != new[d] for i, d in enumerate(params["broadcast_dimensions"])
@@ -147,6 +137,32 @@ def _plain_view(value: Any, eqn: Any, run: Callable[..., Any]) -> Any:
     return dataclasses.replace(value, codes=codes, scale=scale, zero_point=zero_point)
 
 
+def part_view(x: jax.Array, old: tuple[int, ...], eqn: Any, *, whole: bool) -> jax.Array | None:
+    """The view that an equation takes, of a part; None where its axes would not fit any more.
+
+    Args:
+        x: full or of size 1 along each axis of the array that it belongs to.
+        old: static. The shape of that array.
+        eqn: a transpose, a reversal, a broadcast that adds axes, or a reshape.
+        whole: static. Whether `x` is also to fill the axes that a broadcast adds.
+    """
+    name, params = eqn.primitive.name, eqn.params
+    new = eqn.outvars[0].aval.shape
+    if name == "transpose":
+        return jax.lax.transpose(x, params["permutation"])
+    if name == "rev":
+        return jax.lax.rev(x, [d for d in params["dimensions"] if x.shape[d] > 1])
+    if name == "broadcast_in_dim":
+        shape = list(new)
+        for i, d in enumerate(params["broadcast_dimensions"]):
+            shape[d] = x.shape[i]
+        for d in set(range(len(new))) - set(params["broadcast_dimensions"]):
+            shape[d] = new[d] if whole else 1
+        return jax.lax.broadcast_in_dim(x, shape, params["broadcast_dimensions"])
+    shape = _reshaped(x.shape, old, new)
+    return None if shape is None else x.reshape(shape)
+
+
 def _reshaped(part: tuple[int, ...], old: tuple[int, ...], new: tuple[int, ...]):
     """The shape of a part, 1 or full along each axis, after `old` was reshaped to `new`.
 
@@ -154,7 +170,7 @@ def _reshaped(part: tuple[int, ...], old: tuple[int, ...], new: tuple[int, ...])
     """
     shape: list[int] = []
     i = 0
-    for before, after in _runs(old, new):
+    for before, after in runs(old, new):
         full = [part[d] == old[d] for d in range(i, i + before) if old[d] > 1]
         if any(full) and not all(full):
             return None
@@ -164,7 +180,7 @@ def _reshaped(part: tuple[int, ...], old: tuple[int, ...], new: tuple[int, ...])
     return tuple(shape)
 
 
-def _runs(old: tuple[int, ...], new: tuple[int, ...]):
+def runs(old: tuple[int, ...], new: tuple[int, ...]):
     """Lengths of the smallest runs of axes of `old` and `new` that hold the same entries."""
     i = j = 0
     while i < len(old) or j < len(new):
@@ -187,11 +203,7 @@ def _cut(value: Any, eqn: Any, others: list[Any], run: Callable[..., Any]) -> An
     if is_plain(value) and not strided:
 
         def part(x):
-            whole = [n == 1 and shape[d] > 1 for d, n in enumerate(x.shape)]
-            begin = [0 if w else s for w, s in zip(whole, starts, strict=True)]
-            size = [1 if w else n for w, n in zip(whole, sizes, strict=True)]
-            begin = [jnp.asarray(b, jnp.int32) for b in begin]
-            return jax.lax.dynamic_slice(x, begin, size)
+            return part_cut(x, shape, starts, sizes)
 
         zero_point = None if value.zero_point is None else part(value.zero_point)
         return dataclasses.replace(
@@ -206,6 +218,15 @@ def _cut(value: Any, eqn: Any, others: list[Any], run: Callable[..., Any]) -> An
             return row.reshape(sizes)
         return Deferred(row, (lambda x: x[None],), tuple(sizes), np.dtype(row.dtype))
     return _deferred(value, eqn, run) if static else None
+
+
+def part_cut(x: jax.Array, shape: tuple[int, ...], starts: list[Any], sizes: Any) -> jax.Array:
+    """A slice of a part, full or of size 1 along each axis of the array of that shape."""
+    whole = [n == 1 and shape[d] > 1 for d, n in enumerate(x.shape)]
+    begin = [0 if w else s for w, s in zip(whole, starts, strict=True)]
+    size = [1 if w else n for w, n in zip(whole, sizes, strict=True)]
+    begin = [jnp.asarray(b, jnp.int32) for b in begin]
+    return jax.lax.dynamic_slice(x, begin, size)
 
 
 @dataclasses.dataclass(frozen=True)

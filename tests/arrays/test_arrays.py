@@ -166,6 +166,55 @@ def test_quantized_in_every_nesting(kind, group, shape, dtype):
     assert (q.shape, q.dtype) == ((16, 8), dtype)
 
 
+def float8_codes(shape, dtype=jnp.float8_e4m3fn):
+    return np.random.default_rng(2).normal(size=shape).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale_dtype"),
+    [
+        ("float8", "float8_e8m0fnu"),
+        ("masked float8", "bfloat16"),
+        ("codebook", "nested"),
+        ("float zero point", "float32"),
+    ],
+)
+def test_quantized_floats_in_blocks(kind, scale_dtype):
+    rng, shape, dtype = np.random.default_rng(0), (5, 7), np.dtype(np.float32)
+    group, pairs = ((0, 2), (1, 3)), {0: 2, 1: 3}
+    values, zero = float8_codes(shape).astype(np.float64), None
+    present = np.ones(shape, bool)
+    if kind == "float8":
+        codes = jnp.asarray(float8_codes(shape))
+    elif kind == "masked float8":
+        present = rng.random(shape) < 0.5
+        codes = arrays.bit_mask(jnp.asarray(float8_codes(shape)), present)
+    elif kind == "codebook":
+        table, indices = np.float32([-1.5, 0.25, 3.0, 0.0]), codes_of(shape, 2, False)
+        values = table[indices].astype(np.float64)
+        codes = arrays.Codebook(arrays.pack_bits(indices, 2), jnp.asarray(table), dtype)
+    else:
+        values, zero = codes_of(shape, 4, False), np.float32(rng.uniform(0, 15, (3, 3)))
+        codes = arrays.pack_bits(values, 4)
+    scale = 2.0 ** rng.integers(-3, 4, (3, 3))
+    if scale_dtype == "nested":
+        inner = jnp.asarray(scale, jnp.float8_e4m3fn)
+        held = arrays.Quantized(inner, jnp.full((1, 1), 0.75), None, dtype)
+        scale = scale * 0.75
+    else:
+        held = jnp.asarray(scale, jnp.float32).astype(scale_dtype)
+    q = arrays.Quantized(codes, held, None if zero is None else jnp.asarray(zero), dtype, group)
+    want = np.zeros(shape)
+    for i, j in np.ndindex(shape):
+        place = (i // pairs[0], j // pairs[1])
+        step = values[i, j] - (0.0 if zero is None else np.float64(zero[place]))
+        want[i, j] = step * scale[place] * present[i, j]
+    np.testing.assert_allclose(q.todense(), want, rtol=1e-6, atol=1e-6)
+    assert q.todense().dtype == np.float32
+    assert q.nbytes == codes.nbytes + held.nbytes + (0 if zero is None else zero.nbytes)
+    np.testing.assert_array_equal(arrays.take_rows(q, jnp.arange(5)), q.todense())
+
+
 def test_binary_codes_stand_for_minus_one_and_one():
     codes = codes_of((5, 3), 1, False)
     q = arrays.Quantized(
@@ -287,6 +336,20 @@ def examples():
         "quantized": arrays.Quantized(arrays.pack_bits(codes, 4), scale, None, single),
         "sparse quantized": arrays.Quantized(
             arrays.with_entries(groups, codes, bits=4, signed=True), scale, None, single
+        ),
+        "nested": arrays.Quantized(
+            arrays.Codebook(
+                arrays.pack_bits(codes_of((16, 8), 2, False), 2), jnp.arange(4.0), single
+            ),
+            arrays.Quantized(
+                jnp.ones((3, 3), jnp.float8_e4m3fn), jnp.full((1, 1), 0.5), None, single
+            ),
+            None,
+            single,
+            ((0, 7), (1, 3)),
+        ),
+        "powers": arrays.Quantized(
+            jnp.asarray(dense, jnp.float8_e5m2), jnp.ones((1, 8), jnp.float8_e8m0fnu), None, single
         ),
         "low rank": arrays.LowRank(jnp.asarray(dense[:, :2]), jnp.asarray(dense[:2])),
         "codebook": arrays.Codebook(

@@ -8,6 +8,7 @@ import pytest
 import jaxcompress as jc
 from jaxcompress import arrays
 
+q = jc.quantization
 RNG = np.random.default_rng(0)
 
 
@@ -44,6 +45,12 @@ CASES = {
     "codebook in blocks": lambda s: packed(jc.chain(in_blocks(4), jc.cluster(4)), s),
     "masked codebook": lambda s: packed(jc.chain(jc.prune(0.75), jc.cluster(4)), s),
     "low rank": lambda s: packed(jc.low_rank(2), s),
+    "fp8 with nested scales": lambda s: packed(
+        q.floats(q.E4M3, scales=q.E4M3, group_size=4, group_axis=-1), s
+    ),
+    "table in blocks": lambda s: packed(
+        q.floats(q.table([-1, 0, 0.4, 1]), scales=q.E8M0, blocks={0: 2, -1: 5}), s
+    ),
 }
 SHAPES = [(5, 8, 16), (3, 12), (4, 6, 9)]
 

@@ -9,6 +9,8 @@ from jaxcompress.arrays import (
     Codebook,
     LowRank,
     Quantized,
+    Rescaled,
+    Rotated,
     bit_mask,
     block_sparse,
     n_m,
@@ -37,6 +39,9 @@ def arrays():
     packed = pack_bits(CODES, 2)
     factor = Quantized(jnp.asarray(CODES), jnp.ones((1, 1), jnp.float32), None, F32)
     half = np.dtype(jnp.bfloat16)
+    floats = jnp.asarray(DENSE, jnp.float8_e4m3fn)
+    values = Codebook(packed, table, F32)
+    nested = quantized(jnp.ones((3, 2), jnp.float8_e4m3fn), scale=jnp.ones((1, 1), jnp.float32))
     return {
         "packed": packed,
         "packed_signed": pack_bits(CODES.astype(np.int8) - 2, 3),
@@ -61,6 +66,13 @@ def arrays():
         "quantized_mask": quantized(with_entries(mask, CODES, bits=2), zero),
         "quantized_blocks": quantized(with_entries(blocks, CODES, bits=2), zero),
         "quantized_nm": quantized(with_entries(nm, CODES, bits=2)),
+        "quantized_floats": quantized(floats, scale=SCALE.astype(half)),
+        "quantized_floats_mask": quantized(
+            bit_mask(floats.astype(jnp.float8_e5m2), PRESENT),
+            scale=jnp.ones((1, 8), jnp.float8_e8m0fnu),
+        ),
+        "quantized_values": quantized(values, scale=nested, group=((0, 2), (1, 4))),
+        "quantized_float_zero_point": quantized(packed, jnp.full((1, 8), 1.5, jnp.float32)),
         "low_rank": LowRank(jnp.asarray(DENSE[:, :2]), jnp.asarray(DENSE[:2])),
         "low_rank_zero": LowRank(jnp.zeros((6, 0)), jnp.zeros((0, 8))),
         "low_rank_quantized": LowRank(factor, jnp.asarray(DENSE.T[:, :3])),
@@ -68,6 +80,14 @@ def arrays():
         "codebook_bytes": Codebook(jnp.asarray(CODES), table, F32),
         "codebook_mask": Codebook(with_entries(mask, CODES, bits=2), table, F32),
         "codebook_blocks": Codebook(with_entries(blocks, CODES), table, F32),
+        "rescaled": Rescaled(quantized(packed), 2.0 / SCALE, half),
+        "rotated": Rotated(
+            Rescaled(quantized(packed), jnp.ones((6, 1), jnp.float32), F32),
+            jnp.asarray([1, -1, -1, 1, 1, 1, -1, 1], jnp.int8),
+            axis=1,
+            order=4,
+            dtype=F32,
+        ),
         "codebook_nm": Codebook(with_entries(ragged, CODES, bits=2), table, F32),
     }
 

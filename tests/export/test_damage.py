@@ -162,6 +162,7 @@ def crafted_arrays():
     short = host(pack_bits(np.zeros(3, np.uint8), 2))
     nm, mask, q, book = a["nm"], a["mask"], a["quantized"], a["codebook"]
     blocks, none = a["blocks"], a["blocks_none"]
+    f, v, b = a["quantized_floats"], a["quantized_values"], a["codebook"]
     wide = host(pack_bits(np.full(48 // 2, 3, np.uint8), 2))
     first = np.asarray(np.arange(6) % 3 < 1) & np.ones((6, 6), bool)
     three = host(n_m(DENSE[:, :6], first, n=1, m=3, axis=1))
@@ -224,11 +225,28 @@ def crafted_arrays():
         "quantized: scale packed": change(q, scale=a["packed"]),
         "quantized: codes": change(q, codes=DENSE),
         "quantized: zero point": change(q, zero_point=np.ones((1, 1), np.uint8)),
-        "quantized: zero dtype": change(q, zero_point=np.ones((1, 8), np.float32)),
+        "quantized: zero dtype": change(q, zero_point=np.ones((1, 8), np.float16)),
         "quantized: group axis": change(q, group=(2, 4)),
         "quantized: group size": change(q, group=(0, 0)),
         "quantized: group few": change(q, group=(0, 4)),
         "quantized: group long": change(q, group=(0, 4, 4)),
+        "quantized: group axis twice": change(v, group=((0, 2), (0, 4))),
+        "quantized: groups few": change(v, group=((0, 2), (1, 3))),
+        "quantized: group of three": change(v, group=((0, 2), (1, 4, 1))),
+        "quantized: scale of integers": change(q, scale=np.ones((1, 8), np.int8)),
+        "quantized: scale of narrow floats": change(q, scale=f.codes[:1]),
+        "quantized: scale of wrong dtype": change(v, scale=change(v.scale, dtype=b.dtype)),
+        "quantized: scale that breaks a rule": change(v, scale=change(v.scale, group=(5, 1))),
+        "quantized: scale of a codebook": change(v, scale=v.codes),
+        "quantized: wide floats": change(f, codes=DENSE.astype(np.float16)),
+        "quantized: binary floats": change(f, binary=True),
+        "quantized: binary codebook": change(v, binary=True),
+        "quantized: codebook of halves": change(v, codes=change(v.codes, dtype=b.dtype)),
+        "quantized: codebook with a zero point": change(
+            q, codes=v.codes, zero_point=np.ones((1, 8), np.uint8)
+        ),
+        "quantized: codebook of a codebook": change(v, codes=change(v.codes, codes=v.codes)),
+        "quantized: nested codes": change(q, codes=q),
         "quantized: dtype": change(q, dtype=np.dtype(np.int8)),
         "low rank: rank": LowRank(DENSE[:, :2], DENSE[:3]),
         "low rank: scalar": LowRank(np.float32(1)[...], DENSE),
@@ -249,6 +267,19 @@ def crafted_arrays():
         "codebook: matrix": change(book, values=book.values[None]),
         "codebook: dtype": change(book, values=book.values.astype(np.float64)),
         "codebook: codes": change(book, codes=DENSE),
+        "rescaled: shape": change(a["rescaled"], scale=np.ones((1, 7), np.float32)),
+        "rescaled: rank": change(a["rescaled"], scale=np.ones(8, np.float32)),
+        "rescaled: dtype of the scale": change(a["rescaled"], scale=np.ones((1, 8))),
+        "rescaled: integers": change(a["rescaled"], inner=CODES),
+        "rotated: signs": change(a["rotated"], signs=np.zeros(8, np.int8)),
+        "rotated: fewer signs": change(a["rotated"], signs=np.ones(7, np.int8)),
+        "rotated: axis": change(a["rotated"], axis=2),
+        "rotated: order of no matrix": change(
+            a["rotated"], axis=0, order=6, signs=np.ones(6, np.int8)
+        ),
+        "rotated: order that does not divide": change(a["rotated"], order=16),
+        "rotated: no order": change(a["rotated"], order=0),
+        "rotated: dtype": change(a["rotated"], dtype=np.dtype(np.int8)),
     }
 
 
@@ -273,10 +304,13 @@ def test_crafted_fields_are_refused(tmp_path, monkeypatch, name):
         ("packed", {"signed": 0}), ("packed", {"shape": "68"}), ("packed", {"shape": [True, 48]}),
         ("quantized", {"dtype": "object"}), ("quantized", {"dtype": None}),
         ("quantized", {"group": 3}),
+        ("quantized", {"group": [[0, 4], 3]}), ("quantized", {"group": [[0, 4.0]]}),
+        ("quantized", {"group": [[[0, 4]]]}), ("quantized", {"group": [None]}),
         ("quantized", {"group": [-1, 4]}), ("quantized", {"binary": None}), ("nm", {"n": "2"}),
         ("nm", {"m": 4.0}), ("nm", {"axis": True}), ("nm", {"more": 1}),
         ("mask", {"shape": [[6], 8]}), ("blocks", {"block": None}), ("blocks", {"block": [2, 4.0]}),
         ("blocks", {"block": [-2, -4]}), ("blocks", {"block": 2}), ("blocks", {"block": []}),
+        ("rotated", {"order": 4.0}), ("rotated", {"axis": -1}), ("rescaled", {"dtype": "what"}),
     ],
 )  # fmt: skip
 def test_crafted_static_fields_are_refused(tmp_path, kind, static):
