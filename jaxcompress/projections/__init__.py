@@ -2,6 +2,9 @@
 
 from jaxcompress.projections._alternate import alternated as alternated
 from jaxcompress.projections._base import Projection as Projection
+from jaxcompress.projections._base import is_masked_node as is_masked_node
+from jaxcompress.projections._base import kept_by as kept_by
+from jaxcompress.projections._base import observed as observed
 from jaxcompress.projections._base import of_leaves as of_leaves
 from jaxcompress.projections._base import rows_of as rows_of
 from jaxcompress.projections._combine import Chained as Chained
@@ -27,6 +30,7 @@ from jaxcompress.projections._reparametrize import ReparametrizedState as Repara
 from jaxcompress.projections._reparametrize import reparametrized as reparametrized
 from jaxcompress.projections._restrict import RestrictedState as RestrictedState
 from jaxcompress.projections._restrict import restricted as restricted
+from jaxcompress.projections._rows import Features as Features
 from jaxcompress.projections._rows import RowRule as RowRule
 from jaxcompress.projections._rows import Rows as Rows
 from jaxcompress.projections._time import Relaxed as Relaxed

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress import _check, tree
+from jaxcompress import _check, arrays, tree
 from jaxcompress._sharding import place_like
 from jaxcompress._types import PyTree
 from jaxcompress.projections._rows import Rows
@@ -47,8 +47,9 @@ class Projection(NamedTuple):
         due: `(step) -> bool` scalar: whether `find` may give another structure at this step than
             the `previous` one. With it `projected` knows what lives before it updates. None:
             always.
-        rows: `(params, *, step=0) -> list of Rows`: how the rows of a layer are projected one
-            after the other, for `jc.compress(…, stats=…)`. None: it can't.
+        rows: `(params, *, step=0) -> tree of Rows`: how the rows of a layer are projected one
+            after the other, for `jc.compress(…, stats=…)`. The tree of the structure, with a
+            `Rows` for each dict of leaves. None: it can't.
 
     Examples:
         A projection of your own, which rounds to one decimal:
@@ -70,7 +71,7 @@ class Projection(NamedTuple):
     observe: Callable[..., PyTree] | None = None
     from_zero: bool = False
     due: Callable[[Any], Any] | None = None
-    rows: Callable[..., list[Rows]] | None = None
+    rows: Callable[..., PyTree] | None = None
 
 
 def of_leaves(
@@ -78,7 +79,7 @@ def of_leaves(
     observe: Callable[..., PyTree] | None = None,
     *,
     from_zero: bool = False,
-    rows: Callable[..., list[Rows]] | None = None,
+    rows: Callable[..., Rows] | None = None,
 ) -> Projection:
     """A projection whose structure is a dict from a leaf's path to what was found for it.
 
@@ -92,7 +93,7 @@ def of_leaves(
             entries.
         observe: as in `Projection`, on the same trees.
         from_zero: as in `Projection`.
-        rows: as in `Projection`.
+        rows: `(params, *, step=0) -> Rows`, as in `Projection`.
     """
 
     def find_flat(params, *, previous=None, grads=None, step=0):
@@ -208,7 +209,7 @@ def any_due(projections: Iterable[Projection]) -> Callable[[Any], Any] | None:
     return due
 
 
-def rows_of(projection: Projection, params: PyTree, step: Any) -> list[Rows]:
+def rows_of(projection: Projection, params: PyTree, step: Any) -> PyTree:
     """The rules of a projection; refuses one without."""
     if projection.rows is None:
         raise ValueError(
@@ -251,7 +252,7 @@ def is_leaf_structure(x: Any) -> bool:
 
 
 def pack_leaves(params: PyTree, structure: dict[str, Any]) -> PyTree:
-    """Packs each leaf that has a structure, and leaves it as it is where packed is bigger."""
+    """Packs each leaf that has a structure; one that would be bigger is projected, and dense."""
 
     def leaf(path, w):
         if path not in structure:
@@ -271,7 +272,8 @@ def pack_leaves(params: PyTree, structure: dict[str, Any]) -> PyTree:
                 )
             )
         packed = s.pack(w, path)
-        return packed if packed.nbytes < w.nbytes else w
+        smaller = packed.nbytes < w.nbytes or arrays.is_compressed(w)
+        return packed if smaller else s.project(w)
 
     def _pack_parts(path, w):
         flat, treedef = jax.tree_util.tree_flatten_with_path(w)

@@ -89,11 +89,11 @@ def chain(*projections: Projection) -> Projection:
         return Chained(tuple(observed(p, params, part, grads, step) for p, part in pairs))
 
     def rows(params, *, step=0):
-        out = []
+        parts = []
         for p in projections:
-            out += rows_of(p, params, step)
+            parts.append(rows_of(p, params, step))
             params = p.project(params, p.find(params, step=step))
-        return out
+        return Chained(tuple(parts))
 
     everywhere = None
     if any(p.everywhere is not None for p in projections):
@@ -230,10 +230,8 @@ def partition(
         return Partitioned(parts)
 
     def rows(params, *, step=0):
-        out = []
-        for label, mask in masks(params).items():
-            out += rows_of(members[label], hide(params, mask), step)
-        return out
+        hidden = {label: hide(params, mask) for label, mask in masks(params).items()}
+        return Partitioned({n: rows_of(members[n], hidden[n], step) for n in hidden})
 
     return Projection(find, project, pack, kept)._replace(
         observe=observe if any(p.observe for p in members.values()) else None,

@@ -249,7 +249,7 @@ def _pack_structure(params: PyTree, held: PyTree) -> PyTree:
 
 
 def _pack_latents(params: PyTree, latents: PyTree) -> PyTree:
-    """Latents that are compressed arrays in the place of their leaves are the packed form."""
+    """Latents that are compressed arrays, or pack to one, in the place of their leaves."""
     is_leaf = lambda x: tree.is_array_like(x) or is_masked_node(x)  # noqa: E731
     leaves, treedef = jax.tree.flatten(latents, is_leaf=is_leaf)
     if treedef != jax.tree.structure(params, is_leaf=is_leaf):
@@ -262,13 +262,17 @@ def _pack_latents(params: PyTree, latents: PyTree) -> PyTree:
                 "Pack them yourself from jc.latent(opt_state).",
             )
         )
-    dense = jax.tree.leaves(params, is_leaf=is_leaf)
+    dense = tree.leaves_with_paths(params, is_leaf=is_masked_node)
 
-    def leaf(w, z):
+    def leaf(path, w, z):
         if is_masked_node(z):
             return w
+        if hasattr(type(z), "pack"):
+            z = z.pack(path)
         if tree.is_array_like(z):
             return z if z.nbytes < tree.nbytes(w) else z.todense()
         return z
 
-    return jax.tree.unflatten(treedef, [leaf(*each) for each in zip(dense, leaves, strict=True)])
+    return jax.tree.unflatten(
+        treedef, [leaf(*old, z) for old, z in zip(dense, leaves, strict=True)]
+    )

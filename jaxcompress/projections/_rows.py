@@ -12,7 +12,8 @@ class RowRule(NamedTuple):
     Attributes:
         choose: `(data, rows, diagonal, start, features) -> structure`, as for
             `jc.solvers.compensate`; `data` is what `Rows` holds for the leaf, as a matrix that
-            is filled up to whole blocks, and `features` the number of true rows.
+            is filled up to whole blocks, and `features` the number of true rows. In a chain
+            `rows` are those that the rules before it left.
         project: `(row, structure, i) -> row`.
         group: static. Blocks must be whole multiples of as many rows; None: of any.
     """
@@ -20,6 +21,21 @@ class RowRule(NamedTuple):
     choose: Callable[..., Any]
     project: Callable[[jax.Array, Any, jax.Array], jax.Array]
     group: int | None = None
+
+
+class Features(NamedTuple):
+    r"""Other input features, in which a leaf is projected: an invertible map T of its rows.
+
+    Attributes:
+        there: `w -> T w`, of the leaf.
+        back: `v -> T^-1 v`.
+        gram: `(gram, layout) -> T^-T gram T^-1`, of the matrices `[…, features, features]` whose
+            rows are those of the `jc.solvers.Layout`.
+    """
+
+    there: Callable[[jax.Array], jax.Array]
+    back: Callable[[jax.Array], jax.Array]
+    gram: Callable[[jax.Array, Any], jax.Array]
 
 
 class Rows(NamedTuple):
@@ -31,8 +47,18 @@ class Rows(NamedTuple):
             scalars.
         innermost: static. From the paths of some leaves to the axis whose entries must be
             neighbouring rows.
+        structure: `(path, chosen) -> structure` of the leaf, from what `choose` returned, put
+            together: arrays `[rows, outputs]` have the shape of the leaf; those with fewer
+            rows, of groups, are shorter along its innermost axis; scalars are of the first
+            block. None: it can't tell, and `jc.compress(…, return_structure=True)` refuses it.
+        otherwise: `() -> Rows`, for leaves whose rows can't be taken in groups one after the
+            other, since they are in another order, or lie along another axis. None: they must.
+        features: from the paths of some leaves to the features that `data` was found in.
     """
 
     rule: RowRule
     data: Mapping[str, Any]
     innermost: Mapping[str, int]
+    structure: Callable[[str, Any], Any] | None = None
+    otherwise: "Callable[[], Rows] | None" = None
+    features: Mapping[str, Features] | None = None

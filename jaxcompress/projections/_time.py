@@ -290,7 +290,7 @@ def _scheduled(factory, numbers: dict[str, Numeric], static: dict[str, Any], eve
 
     def rows(params, *, step=0):
         values = {name: number_at(value, step) for name, value in numbers.items()}
-        return rows_of(at(values), params, step)
+        return Scheduled(values, rows_of(at(values), params, step))
 
     other = None if everywhere else _scheduled(factory, numbers, static, everywhere=True)
     member = at({name: number_at(value, 0) for name, value in numbers.items()})

@@ -9,9 +9,9 @@ import numpy as np
 
 from jaxcompress import _check, arrays, tree
 from jaxcompress._types import PyTree
-from jaxcompress.projections import Projection, Rows, masked, of_leaves
+from jaxcompress.projections import Projection, masked, of_leaves
 from jaxcompress.pruning import _row_rules
-from jaxcompress.pruning._masks import Mask, keeps_by_path
+from jaxcompress.pruning._masks import Mask
 from jaxcompress.pruning._nm import axis_of_groups, require_nm
 
 
@@ -125,7 +125,7 @@ def from_masks(
         return tree.map_arrays_with_path(leaf, params)
 
     def rows(params, *, step=0):
-        return [Rows(_row_rules.given, keeps_by_path(params, find(params, step=step)), {})]
+        return _row_rules.mask_rows(_row_rules.given, params, find(params, step=step), {})
 
     wanted = {path for path, mask in _given(masks).items() if mask is not None}
     return masked(of_leaves(find, rows=rows), lambda path, w: path in wanted)

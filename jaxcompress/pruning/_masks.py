@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from jaxcompress import arrays, tree
 from jaxcompress._sharding import place_like
-from jaxcompress._types import PyTree
 from jaxcompress.pruning._bits import axis_of_bytes, pack_bits, unpack_bits
 
 
@@ -73,11 +72,13 @@ class Mask:
 
     def pack(self, w: Any, path: str) -> Any:
         """The non-zero entries and where they are; of a coded leaf, the codes of those."""
-        del path
         dense = self.project(arrays.todense(w))
         present = dense != 0
         if not isinstance(w, (arrays.Quantized, arrays.Codebook)):
             return self._sparse(dense, present)
+        if isinstance(w.codes, arrays.Codebook):
+            # Codes of a table inside of scales: the scales stay as they are.
+            return dataclasses.replace(w, codes=self.pack(w.codes, path))
         codes = arrays.todense(w.codes)
         bits = w.codes.bits if isinstance(w.codes, arrays.Packed) else None
         pattern = self._sparse(codes, present)
@@ -96,12 +97,3 @@ class Mask:
             return arrays.bit_mask(dense, present)
         n, m = self.nm
         return arrays.n_m(dense, present, n=n, m=m, axis=self.axis)
-
-
-def keeps_by_path(params: PyTree, masks: PyTree) -> dict[str, jax.Array]:
-    """From the path of each leaf to what its mask keeps."""
-    out: dict[str, jax.Array] = {}
-    tree.map_arrays_with_path(
-        lambda path, w, mask: out.update({path: mask.keep_like(w)}), params, masks
-    )
-    return out

@@ -10,12 +10,12 @@ import numpy as np
 from jaxcompress import _check, tree
 from jaxcompress._sharding import automatic, place_like
 from jaxcompress._types import Numeric, PyTree
-from jaxcompress.projections import Projection, Rows, of_leaves
+from jaxcompress.projections import Projection, of_leaves
 from jaxcompress.pruning import _row_rules
 from jaxcompress.pruning._budgets import Budget, require_budget
 from jaxcompress.pruning._counts import fraction_at, kept_count, leaf_counts
 from jaxcompress.pruning._groups import Groups
-from jaxcompress.pruning._masks import Mask, keeps_by_path
+from jaxcompress.pruning._masks import Mask
 from jaxcompress.pruning._nm import axis_of_groups, keep_n_of_m, require_nm
 from jaxcompress.pruning._protect import protected
 from jaxcompress.pruning._rank import observer_of, require_score, scores_of
@@ -156,7 +156,7 @@ def prune(
         masks = find(params, step=step)
         plain = score is magnitude and groups is None and isinstance(scope, str)
         rule = _row_rules.by_cost if plain else _row_rules.given
-        return [Rows(rule, keeps_by_path(params, masks), {})]
+        return _row_rules.mask_rows(rule, params, masks, {})
 
     return of_leaves(find, observer_of(score), rows=rows)
 
@@ -202,7 +202,7 @@ def _prune_n_of_m(nm: tuple[int, int], axis: int | Mapping[str, int], score: Sco
         along = lambda path, w, mask: axes.update({path: mask.axis})  # noqa: E731
         tree.map_arrays_with_path(along, params, masks)
         innermost = axes if rule.group is not None else {}
-        return [Rows(rule, keeps_by_path(params, masks), innermost)]
+        return _row_rules.mask_rows(rule, params, masks, innermost)
 
     return of_leaves(find, observer_of(score), rows=rows)
 

@@ -1,12 +1,18 @@
 """Pruning in the space of outputs: which weights of a block of rows live."""
 
+import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxcompress.projections import RowRule
+from jaxcompress import tree
+from jaxcompress._types import PyTree
+from jaxcompress.projections import RowRule, Rows
+from jaxcompress.pruning._masks import Mask
 from jaxcompress.pruning._nm import keep_n_of_m
 from jaxcompress.pruning._select import largest
 
@@ -45,6 +51,7 @@ given = RowRule(_choose_given, _mask_row)
 """The weights of a mask."""
 
 
+@functools.cache
 def n_of_m(n: int, m: int) -> RowRule:
     """The n of each m rows whose loss costs most."""
 
@@ -53,3 +60,19 @@ def n_of_m(n: int, m: int) -> RowRule:
         return keep_n_of_m(_costs(rows, diagonal), n, m=m, axis=0)
 
     return RowRule(choose, _mask_row, group=m)
+
+
+def mask_rows(rule: RowRule, params: PyTree, masks: PyTree, innermost: Mapping[str, int]) -> Rows:
+    """The rule, for what the masks keep or for as much of it."""
+    keeps: dict[str, jax.Array] = {}
+    held: dict[str, Mask] = {}
+
+    def leaf(path, w, mask):
+        keeps[path], held[path] = mask.keep_like(w), mask
+
+    def structure(path: str, keep: jax.Array) -> Mask:
+
+        return dataclasses.replace(held[path], bits=Mask.of(keep).bits)
+
+    tree.map_arrays_with_path(leaf, params, masks)
+    return Rows(rule, keeps, innermost, structure=structure)

@@ -6,6 +6,7 @@ from jaxcompress.solvers._hessian import Prepared as Prepared
 from jaxcompress.solvers._hessian import PrepareInfo as PrepareInfo
 from jaxcompress.solvers._hessian import prepare as prepare
 from jaxcompress.solvers._layout import Layout as Layout
+from jaxcompress.solvers._layout import gram_of as gram_of
 from jaxcompress.solvers._layout import layouts as layouts
 from jaxcompress.solvers._refit import refit as refit
 from jaxcompress.solvers._sequential import sequential as sequential

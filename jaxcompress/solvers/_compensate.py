@@ -12,6 +12,8 @@ from jaxcompress import _check
 from jaxcompress.solvers._hessian import check_layer, product, working
 
 _LAZY = 128  # rows whose errors reach the rows after them in one product
+_INNER = 32  # of those, rows that a cache holds
+_SMALL = 512  # rows of a layer that is done before a program with one more loop is compiled
 
 
 def compensate(
@@ -78,53 +80,68 @@ def compensate(
     (k, n), blocks = layer.shape, -(-layer.shape[0] // block_size)
     together = max(1, min(_LAZY // block_size, blocks))
     size = together * block_size
-    chunks = max(1, -(-k // size))
-    padding = chunks * size - k
+    few = [d for d in range(1, _INNER + 1) if block_size % d == 0]
+    inner = few[-1] if k > _SMALL else block_size
+    levels = tuple(sorted({size, block_size, inner, 1}, reverse=True))
+    padding = max(1, -(-k // size)) * size - k
     upper = jnp.pad(jnp.triu(working(factor).astype(dense.dtype)), ((0, padding), (0, padding)))
     diagonal = jnp.pad(jnp.diagonal(upper)[:k], (0, padding), constant_values=jnp.inf)
     dense = jnp.pad(dense, ((0, padding), (0, 0)))
 
-    def chunk(errors, number):
-        first = number * size
-        across = lax.dynamic_slice_in_dim(upper, first, size, 1)
-        rows = lax.dynamic_slice_in_dim(dense, first, size)
-        rows = rows - product(across.T, errors)
-        inside = lax.dynamic_slice_in_dim(across, first, size)
-        (rows, own), structures = lax.scan(
-            lambda carry, b: block(carry, b, inside, first),
-            (rows, jnp.zeros_like(rows)),
-            jnp.arange(together),
+    def parts(level, rows, corner, first, structure):
+        """Rows that all errors before `first` have reached: projected, and their own errors."""
+        part = levels[level]
+
+        def one(errors, number):
+            start = number * part
+            mine = lax.dynamic_slice_in_dim(rows, start, part)
+            across = lax.dynamic_slice_in_dim(corner, start, part, 1)
+            before = _reached(across, errors, number) if level == 0 else product(across.T, errors)
+            mine = mine - before
+            own = lax.dynamic_slice_in_dim(across, start, part)
+            given, place = structure, first + start
+            if part == block_size:
+                spread = lax.dynamic_slice_in_dim(diagonal, place, part)
+                given = choose(mine, spread, place)
+            if part == 1:
+                new, own, below = row(mine, own, place, given)
+            else:
+                new, own, below = parts(level + 1, mine, own, place, given)
+            chosen = given if part == block_size else below
+            return lax.dynamic_update_slice_in_dim(errors, own, start, 0), (new, chosen)
+
+        count = rows.shape[0] // part
+        errors, (new, chosen) = lax.scan(
+            one, jnp.zeros_like(rows), jnp.arange(count, dtype=jnp.int32)
         )
-        return lax.dynamic_update_slice_in_dim(errors, own, first, 0), (rows, structures)
+        flat = lambda x: x.reshape((-1, *x.shape[2:]))  # noqa: E731
+        chosen = chosen if part <= block_size else jax.tree.map(flat, chosen)
+        return flat(new), errors, chosen
 
-    def block(carry, b, inside, first):
-        start = b * block_size
-        mine = lax.dynamic_slice_in_dim(carry[0], start, block_size)
-        spread = lax.dynamic_slice_in_dim(diagonal, first + start, block_size)
-        structure = choose(mine, spread, first + start)
+    def row(mine, pivot, place, structure):
+        projected = project(mine[0], structure, place % block_size)
+        _check_row(projected, n)
+        projected = projected.astype(layer.dtype).astype(mine.dtype)[None]
+        # A row that fills up the last block has no error.
+        true = place < k
+        error = (mine - projected) / jnp.where(true, pivot, jnp.ones_like(pivot))
+        return projected, jnp.where(true, error, jnp.zeros_like(error)), ()
 
-        def step(i, carry):
-            rows, errors = carry
-            place = start + i
-            row = lax.dynamic_index_in_dim(rows, place, keepdims=False)
-            projected = project(row, structure, i)
-            _check_row(projected, n)
-            projected = projected.astype(layer.dtype).astype(row.dtype)
-            weights = lax.dynamic_index_in_dim(inside, place, keepdims=False)
-            true = first + place < k
-            pivot = jnp.where(true, weights[place], jnp.ones((), row.dtype))
-            error = jnp.where(true, (row - projected) / pivot, jnp.zeros_like(row))
-            later = jnp.where(np.arange(size) > place, weights, jnp.zeros_like(weights))
-            rows = rows - later[:, None] * error[None, :]
-            rows = lax.dynamic_update_index_in_dim(rows, projected, place, 0)
-            return rows, lax.dynamic_update_index_in_dim(errors, error, place, 0)
+    new, _, structures = parts(0, dense, upper, jnp.zeros((), jnp.int32), ())
+    new = new[:k].astype(layer.dtype)
+    return new, jax.tree.map(lambda s: s[:blocks], structures)
 
-        return lax.fori_loop(0, block_size, step, carry), structure
 
-    _, (rows, structures) = lax.scan(chunk, jnp.zeros_like(dense), jnp.arange(chunks))
-    new = rows.reshape((chunks * size, n))[:k].astype(layer.dtype)
-    flat = lambda s: s.reshape((chunks * together, *s.shape[2:]))[:blocks]  # noqa: E731
-    return new, jax.tree.map(flat, structures)
+def _reached(across: jax.Array, errors: jax.Array, number: jax.Array) -> jax.Array:
+    """What the errors of the first `number` parts do to the next one."""
+    part = across.shape[1]
+
+    def add(i, total):
+        theirs = lax.dynamic_slice_in_dim(across, i * part, part)
+        return total + product(theirs.T, lax.dynamic_slice_in_dim(errors, i * part, part))
+
+    start = jnp.zeros((part, errors.shape[1]), errors.dtype)
+    return lax.fori_loop(0, number, add, start)
 
 
 def _check_row(row: Any, outputs: int) -> None:

@@ -152,25 +152,24 @@ def damp(gram: jax.Array, damping: jax.Array) -> Damped:
     scale = top * jnp.where(mean > 0, mean, jnp.ones_like(mean))
     unit = gram / scale + jnp.diag(dead.astype(dtype))
 
-    def factored(strength):
+    def failed(carry):
+        _, _, sound, tries = carry
+        return ~sound & (tries < _MOST_TRIES)
+
+    def attempt(carry):
+        last, _, _, tries = carry
+        harder = jnp.maximum(10 * last, jnp.asarray(_LEAST_DAMPING, dtype))
+        strength = jnp.where(tries == 0, damping, harder)
         hessian = unit + strength * jnp.eye(size, dtype=dtype)
         lower = jnp.linalg.cholesky(hessian[::-1, ::-1])
         # A pivot that is rounding noise: XLA's decomposition "succeeds" on singular matrices.
         noise = 4 * math.sqrt(size) * jnp.finfo(dtype).eps * jnp.diagonal(hessian)[::-1]
         sound = jnp.isfinite(lower).all() & (jnp.square(jnp.diagonal(lower)) > noise).all()
-        return lower, sound
+        return strength, lower, sound, tries + 1
 
-    def failed(carry):
-        _, _, sound, tries = carry
-        return ~sound & (tries < _MOST_TRIES)
-
-    def harder(carry):
-        strength, _, _, tries = carry
-        strength = jnp.maximum(10 * strength, jnp.asarray(_LEAST_DAMPING, dtype))
-        return strength, *factored(strength), tries + 1
-
-    start = (damping, *factored(damping), jnp.ones((), jnp.int32))
-    strength, lower, sound, tries = lax.while_loop(failed, harder, start)
+    # The first try is a trip too, for a decomposition takes long to compile.
+    start = (damping, unit, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
+    strength, lower, sound, tries = lax.while_loop(failed, attempt, start)
     lower = jnp.where(sound, lower, jnp.full_like(lower, jnp.nan))
     hessian = unit + strength * jnp.eye(size, dtype=dtype)
     return Damped(hessian, lower, scale, dead, PrepareInfo(sound, strength, tries))

@@ -46,11 +46,14 @@ class Layout(NamedTuple):
         return x.reshape((layers * self.groups, features, outputs))
 
     def leaf(self, matrices: jax.Array) -> jax.Array:
-        """The inverse of `matrices`."""
+        """The inverse of `matrices`; with fewer rows, shorter along the innermost axis."""
         layers, outputs = matrices.shape[0] // self.groups, matrices.shape[2]
-        x = matrices.reshape((layers, self.groups, self.features, outputs))
+        shape, features = list(self.shape), matrices.shape[1]
+        if features != self.features:
+            shape[self.axes[-1]] = features // math.prod(self.shape[a] for a in self.axes[:-1])
+        x = matrices.reshape((layers, self.groups, features, outputs))
         order = self._order()
-        x = jnp.moveaxis(x, 1, 2).reshape([self.shape[a] for a in order])
+        x = jnp.moveaxis(x, 1, 2).reshape([shape[a] for a in order])
         return jnp.transpose(x, [order.index(i) for i in range(len(order))])
 
     def with_innermost(self, axis: int | None, gram: jax.Array) -> tuple["Layout", jax.Array]:

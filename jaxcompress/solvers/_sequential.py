@@ -8,7 +8,7 @@ import jax
 from jaxcompress import _check, tree
 from jaxcompress._types import ArrayLike, PyTree
 from jaxcompress.projections import Projection
-from jaxcompress.solvers._compress import How, solve, uses_of
+from jaxcompress.solvers._solve import How, Solved, rules_of, solve, structure_of
 from jaxcompress.tracing import calibrate, sites
 
 
@@ -23,6 +23,7 @@ def sequential(
     damping: ArrayLike = 0.01,
     block_size: int = 128,
     act_order: bool = False,
+    return_structure: bool = False,
 ) -> PyTree:
     r"""`jc.compress` with statistics, where each layer meets the compressed layers before it.
 
@@ -43,11 +44,12 @@ def sequential(
         damping: as in `jc.compress`.
         block_size: as in `jc.compress`.
         act_order: as in `jc.compress`.
+        return_structure: as in `jc.compress`.
 
     Returns:
-        Params of the same structure, shapes and dtypes, as of `jc.compress`. Each layer is
-        fitted to inputs that it will really get. The output of the whole is nearer to the dense
-        one as a rule, not always: measure it.
+        Params of the same structure, shapes and dtypes, as of `jc.compress`, with the structure
+        where it is asked for. Each layer is fitted to inputs that it will really get. The output
+        of the whole is nearer to the dense one as a rule, not always: measure it.
 
     Raises:
         TypeError: `fn` can't be called, or `projection` is not a `Projection`.
@@ -81,13 +83,17 @@ def sequential(
     batches = list(batches)
     if not batches:
         raise ValueError(_check.message("sequential", "batches", "hold at least one batch", "none"))
-    uses, how = uses_of(projection, params, step), How(damping, block_size, act_order)
+    found, uses = rules_of(projection, params, step)
+    how, solved = How(damping, block_size, act_order, return_structure), {}
     for group in _groups(fn, params, batches[0], order, set(uses)):
         part = {path: uses[path] for path in group}
         stats = calibrate(fn, params, batches, where=_any_of(group), gram=True)
-        new = solve("sequential", part, params, stats, how)
-        params = tree.map_with_path(lambda path, w, new=new: new.get(path, w), params)
-    return params
+        new: dict[str, Solved] = solve("sequential", part, params, stats, how)
+        solved |= new
+        params = tree.map_with_path(
+            lambda path, w, new=new: new[path].w if path in new else w, params
+        )
+    return (params, structure_of(found, solved)) if return_structure else params
 
 
 def _any_of(paths: list[str]) -> tree.Where:
