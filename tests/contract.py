@@ -37,6 +37,17 @@ def _with_gradients(p):
     return p._replace(find=find)
 
 
+def _statistics():
+    """Of the activations of both layers, as `jc.calibrate` gives them; concrete under any trace."""
+    stats = {}
+    for path, features in (("a/kernel", 16), ("b/kernel", 8)):
+        x = np.random.default_rng(features).normal(size=(20, features))
+        x = (x * np.exp(np.arange(features) % 3)).astype(np.float32)
+        gram = jc.tracing.observers.Gram(np.float32(20), x.T @ x)
+        stats[path] = jc.tracing.Statistics(x.min(0), x.max(0), gram=gram, axes=(0,))
+    return stats
+
+
 PROJECTIONS = {
     "prune": Row(
         lambda sparsity=0.6: jc.prune(sparsity), {"sparsity": [0.0, 0.3, 1.0]}, ("prune",)
@@ -105,6 +116,69 @@ PROJECTIONS = {
     ),
     "quantize_grouped": Row(
         lambda bits=4: jc.quantize(bits, group_size=3), {"bits": [2, 4]}, ("quantize",)
+    ),
+    "floats": Row(
+        lambda clip=1.0: jc.quantization.floats(
+            jc.quantization.table([-1.0, -0.3, 0.3, 1.0]), blocks={-2: 3, -1: 4}, clip=clip
+        ),
+        {"clip": [0.7, 1.0]},
+        ("floats",),
+    ),
+    "fp8": Row(lambda clip=1.0: jc.quantization.fp8(clip=clip), {"clip": [0.7, 1.0]}, ("fp8",)),
+    "mx": Row(
+        lambda clip=1.0: jc.quantization.mx(block_size=8, clip=clip), {"clip": [0.6, 1.0]}, ("mx",)
+    ),
+    "nvfp4": Row(
+        lambda clip=1.0: jc.quantization.nvfp4(clip=clip), {"clip": [0.7, 1.0]}, ("nvfp4",)
+    ),
+    "nf4": Row(
+        lambda clip=1.0: jc.quantization.nf4(group_size=8, double=True, clip=clip),
+        {"clip": [0.7, 1.0]},
+        ("nf4",),
+    ),
+    "hqq": Row(
+        lambda bits=4, p=0.7, beta=10.0: jc.quantization.hqq(
+            bits, group_size=6, p=p, beta=beta, iterations=3
+        ),
+        {"bits": [1, 4], "p": [0.5, 1.0], "beta": [2.0, 10.0]},
+        ("hqq",),
+        tolerance=1e-5,
+    ),
+    "stochastic": Row(
+        lambda bits=4: jc.quantization.stochastic(jc.quantize(bits), key=jax.random.key(0)),
+        {"bits": [1, 3, 8]},
+        ("stochastic",),
+    ),
+    "parq": Row(
+        lambda inverse_slope=0.0: jc.quantization.parq(jc.quantize(4), inverse_slope),
+        {"inverse_slope": [0.0, 0.5, 1.0]},
+        ("parq",),
+        tolerance=1e-6,
+    ),
+    "smoothed": Row(
+        lambda bits=4, strength=0.5: jc.quantization.smoothed(
+            jc.quantize(bits), params(), _statistics(), strength
+        ),
+        {"bits": [2, 8], "strength": [0.3, 1.0]},
+        ("smoothed", "rescaled"),
+        tolerance=1e-5,
+    ),
+    "awq": Row(
+        lambda bits=4: jc.quantization.awq(
+            jc.quantize(bits, ranges=jc.quantization.min_max),
+            params(),
+            _statistics(),
+            candidates=3,
+        ),
+        {"bits": [2, 8]},
+        ("awq",),
+        tolerance=1e-5,
+    ),
+    "rotated": Row(
+        lambda bits=4: jc.quantization.rotated(jc.quantize(bits), jax.random.key(0)),
+        {"bits": [2, 8]},
+        ("rotated",),
+        tolerance=1e-5,
     ),
     "low_rank": Row(
         lambda rank=2: jc.low_rank(rank, max_rank=4),
@@ -290,6 +364,29 @@ TRANSFORMATIONS = {
         ("hard_concrete",),
         tolerance=1e-4,
     ),
+    "learned_steps": Row(
+        lambda bits=3: jc.reparametrized(_inner(), jc.quantization.learned_steps(bits)),
+        {"bits": [2, 8]},
+        ("reparametrized", "learned_steps"),
+        tolerance=1e-5,
+    ),
+    "learned_codebook": Row(
+        lambda rate=1e-2: jc.reparametrized(
+            lenient(optax.adam(rate, eps=1e-3, eps_root=1e-6)),
+            jc.quantization.learned_codebook(4),
+        ),
+        {"rate": [1e-3, 1e-2]},
+        ("reparametrized", "learned_codebook"),
+        tolerance=1e-5,
+    ),
+    "round_gradients": Row(
+        lambda bits=4: optax.chain(
+            jc.quantization.round_gradients(bits, key=jax.random.key(0)), _inner()
+        ),
+        {"bits": [2, 8]},
+        ("round_gradients",),
+        tolerance=1e-5,
+    ),
     "distill": Row(
         lambda weight=0.5, temperature=2.0: optax.chain(
             jc.distill(student, teacher, weight=weight, temperature=temperature), _inner()
@@ -315,6 +412,7 @@ ELSEWHERE = {
     "tests/arrays": {"todense"},
     "tests/export": {"save", "load"},
     "tests/report": {"summary"},
+    "tests/search": {"sweep"},
     "tests/tracing": {
         "sites",
         "lift",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,24 @@ from jax import lax
 
 from jaxcompress import _check, arrays
 from jaxcompress._sharding import automatic
-from jaxcompress.projections import RowRule
+from jaxcompress._types import ArrayLike
+from jaxcompress.quantization._conventions import (
+    OURS,
+    Convention,
+    codes_of,
+    step_of,
+    zero_point_of,
+)
+from jaxcompress.quantization._formats import Format
+from jaxcompress.quantization._ranges import Ranges, SmallestError, absmax, min_max, mse
+from jaxcompress.quantization._runs import Runs, split, squeezed
+from jaxcompress.quantization._scales import packed_steps, rounded_steps
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["scale", "zero_point", "bits"],
-    meta_fields=["group"],
+    data_fields=["scale", "zero_point", "bits", "second"],
+    meta_fields=["group", "convention", "scales"],
 )
 @dataclasses.dataclass(frozen=True)
 class Grid:
@@ -28,13 +39,20 @@ class Grid:
         zero_point: :math:`z`, float32 holding integers, of the shape of `scale`; None for a
             symmetric grid.
         bits: :math:`b`, int32 scalar.
-        group: static. `(axis, size)` where a step is shared by runs along an axis, or None.
+        second: what the steps are multiples of, float32 of size 1; None where they are not.
+        group: static. `(axis, size)` where a step is shared by runs along an axis, several of
+            those for blocks, or None.
+        convention: static. How it rounds.
+        scales: static. The format that steps are stored in; None for float32.
     """
 
     scale: jax.Array
     zero_point: jax.Array | None
     bits: jax.Array
-    group: tuple[int, int] | None = None
+    second: jax.Array | None = None
+    group: arrays.Groups = None
+    convention: Convention = OURS
+    scales: Format | None = None
 
     def project(self, w: jax.Array) -> jax.Array:
         """The nearest point of the grid; an exact zero stays zero and NaN stays NaN."""
@@ -63,19 +81,11 @@ class Grid:
         elif bits < 8:
             codes = arrays.pack_bits(codes, bits, signed=signed)
         zero = None if self.zero_point is None else self.zero_point.astype(jnp.uint8)
-        return arrays.Quantized(
-            codes, self.scale, zero, dtype=np.dtype(dense.dtype), group=self.group, binary=binary
-        )
+        scale = packed_steps(self.scale, self.second, self.scales)
+        return arrays.Quantized(codes, scale, zero, np.dtype(dense.dtype), self.group, binary)
 
     def _codes(self, w: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
-        # A product with 1/scale, for XLA may or may not turn a quotient into one: the codes
-        # must not depend on whether the call is jitted.
-        steps = w.astype(jnp.float32) * (1.0 / scale)
-        levels = _levels(self.bits)
-        if zero_point is not None:
-            return jnp.clip(jnp.round(steps) + zero_point, 0.0, levels)
-        top = _levels(self.bits - 1)
-        return jnp.where(self.bits == 1, jnp.sign(steps), jnp.clip(jnp.round(steps), -top, top))
+        return codes_of(w, scale, zero_point, self.bits, self.convention)
 
     def _expanded(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         expand = functools.partial(arrays.expand_groups, shape=w.shape, group=self.group)
@@ -83,85 +93,99 @@ class Grid:
         return expand(self.scale), zero_point
 
 
-def fit_grid(
-    w: jax.Array,
-    bits: jax.Array,
-    *,
-    shared: tuple[int, ...],
-    group: tuple[int, int] | None,
-    symmetric: bool,
-) -> Grid:
-    """The grid that just covers the finite entries of `w` and has a point at zero.
+class Fit(NamedTuple):
+    """How a grid is fitted to a run of weights.
+
+    Attributes:
+        symmetric: static. Whether the zero point is zero.
+        clip: the factor on the range; may be traced.
+        ranges: static. See `_ranges`; None: the smallest squared error up to 4 bits, all of the
+            weights above.
+        convention: static.
+        scales: static. The format of the steps; None for float32.
+    """
+
+    symmetric: bool = True
+    clip: ArrayLike = 1.0
+    ranges: Ranges | None = None
+    convention: Convention = OURS
+    scales: Format | None = None
+
+
+def fit_grid(w: jax.Array, bits: int | jax.Array, runs: Runs, fit: Fit) -> Grid:
+    """The grid of the finite entries of `w`, which has a point at zero.
 
     Args:
         w: any shape, any float dtype; the statistics are taken in float32.
-        bits: int32 scalar, 1 to 8; may be traced.
-        shared: static. The axes along which one step serves all.
-        group: static. `(axis, size)` of runs that share a step, or None.
-        symmetric: static. Whether the zero point is zero.
+        bits: an integer, 1 to 8, or an int32 scalar; may be traced.
+        runs: static. Which weights share a step.
+        fit: how.
 
     Returns:
         The `Grid`. All-zero, empty and non-finite runs get the step 1.
     """
-    if group is None:
-        return _fit(w, bits, shared, group, symmetric)
-    return automatic(
-        lambda w, bits: _fit(w, bits, shared, group, symmetric), w, bits, like_first=False
-    )
+    ranges = fit.ranges
+    if ranges is None and isinstance(bits, int):
+        ranges = mse() if bits <= 4 else min_max
+    given = w, jnp.asarray(bits, jnp.int32), jnp.asarray(fit.clip, jnp.float32)
+    static = fit._replace(clip=1.0, ranges=ranges)
+    # A range of the user's own may close over traced values.
+    ours = ranges in (None, min_max, absmax) or isinstance(ranges, SmallestError)
+    return (_compiled if ours else _fit)(*given, runs, static)
 
 
-def _fit(w, bits, shared, group, symmetric) -> Grid:
+def _fit(w: jax.Array, bits: jax.Array, clip: jax.Array, runs: Runs, fit: Fit) -> Grid:
+    def alone(w, bits, clip):
+        return _grid(w, bits, clip, runs, fit)
+
+    if runs.group is None and fit.ranges in (min_max, absmax):
+        return alone(w, bits, clip)
+    return automatic(alone, w, bits, clip, like_first=False)
+
+
+_compiled = jax.jit(_fit, static_argnums=(3, 4))
+
+
+def _grid(w: jax.Array, width: jax.Array, clip: jax.Array, runs: Runs, fit: Fit) -> Grid:
     x = w.astype(jnp.float32)
-    x = jnp.where(jnp.isfinite(x), x, 0.0)
-    if group is not None:
-        x, shared = _split_groups(x, *group), _shift(shared, group[0]) + (group[0] + 1,)
-    reduce = functools.partial(_reduce, axes=shared, group=group)
-    if symmetric:
-        magnitude = jnp.abs(x)
-        absmax = reduce(jnp.max, magnitude)
-        mean = reduce(jnp.sum, magnitude) * (
-            1.0 / jnp.maximum(reduce(jnp.sum, (x != 0).astype(jnp.float32)), 1.0)
-        )
-        scale = jnp.where(bits == 1, mean, absmax * (1.0 / jnp.maximum(_levels(bits - 1), 1.0)))
-        return Grid(_safe(scale), None, bits, group)
-    inverse = 1.0 / _levels(bits)
-    low, high = reduce(jnp.min, x), reduce(jnp.max, x)
-    scale = _safe(high * inverse - low * inverse)
-    zero_point = jnp.clip(jnp.round(-low * (1.0 / scale)), 0.0, _levels(bits))
-    return Grid(scale, zero_point, bits, group)
+    x = jnp.where(jnp.isfinite(x), x, jnp.nan)
+    x, axes = split(x, runs)
+
+    def error(low, high):
+        scale = step_of(low, high, width, fit.symmetric, fit.convention)
+        zero_point = None if fit.symmetric else zero_point_of(low, scale, width)
+        codes = codes_of(x, scale, zero_point, width, fit.convention)
+        codes = codes if zero_point is None else codes - zero_point
+        squares = (codes * scale - x) ** 2
+        return jnp.sum(jnp.where(jnp.isnan(x), 0.0, squares), axis=axes, keepdims=True)
+
+    low, high = _range(x, axes, error, width, fit.ranges)
+    low, high = low * clip, high * clip
+    scale = step_of(low, high, width, fit.symmetric, fit.convention)
+    if fit.symmetric:
+        sizes = {"axis": axes, "keepdims": True, "where": ~jnp.isnan(x)}
+        total = jnp.sum(jnp.abs(x), **sizes)
+        present = jnp.sum((x != 0).astype(jnp.float32), **sizes)
+        mean = total * (1.0 / jnp.maximum(present, 1.0)) * clip
+        scale = jnp.where(width == 1, jnp.where(mean > 0, mean, 1.0), scale)
+    scale, second = rounded_steps(scale, fit.scales)
+    zero_point = None if fit.symmetric else squeezed(zero_point_of(low, scale, width), runs)
+    second = None if second is None else squeezed(second, runs)
+    scale = squeezed(scale, runs)
+    return Grid(scale, zero_point, width, second, runs.group, fit.convention, fit.scales)
 
 
-def _levels(bits: jax.Array) -> jax.Array:
-    """2^bits - 1 in float32, exactly."""
-    return (jnp.left_shift(jnp.int32(1), bits) - 1).astype(jnp.float32)
-
-
-def _safe(scale: jax.Array) -> jax.Array:
-    smallest = float(np.finfo(np.float32).tiny)
-    return jnp.where(scale > 0, jnp.maximum(scale, smallest), 1.0)
-
-
-def _reduce(f, x: jax.Array, *, axes: tuple[int, ...], group: tuple[int, int] | None) -> jax.Array:
-    # The range always holds zero, which also serves for empty runs.
-    out = f(x, axis=axes, keepdims=True, initial=0.0)
-    return out if group is None else jnp.squeeze(out, group[0] + 1)
-
-
-def _shift(axes: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return tuple(a if a <= axis else a + 1 for a in axes)
-
-
-def _split_groups(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """`[.., length, ..]` as `[.., groups, size, ..]`, filled up with zeros."""
-    groups = -(-x.shape[axis] // size)
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, groups * size - x.shape[axis])
-    return jnp.pad(x, padding).reshape(x.shape[:axis] + (groups, size) + x.shape[axis + 1 :])
+def _range(x, axes, error, bits: jax.Array, ranges: Ranges | None):
+    if ranges is not None:
+        return ranges(x, axes, error)
+    return lax.cond(bits <= 4, lambda: mse()(x, axes, error), lambda: min_max(x, axes, error))
 
 
 def pattern_of(w: Any) -> Any:
     """The sparse array that holds the entries of `w`, or None for a dense leaf."""
-    inner = w.codes if isinstance(w, (arrays.Quantized, arrays.Codebook)) else w
+    inner = w
+    while isinstance(inner, (arrays.Quantized, arrays.Codebook)):
+        inner = inner.codes
     return inner if arrays.is_sparse(inner) else None
 
 
@@ -186,29 +210,3 @@ def refuse_nan(dense: jax.Array, path: str) -> None:
                 path=path,
             )
         )
-
-
-def grid_rows(w: jax.Array, grid: Grid) -> dict[str, jax.Array]:
-    """The grid of every entry of `w`, for `row_rule`."""
-    scale, zero_point = grid._expanded(w)
-    data = {"scale": jnp.broadcast_to(scale, w.shape), "bits": grid.bits}
-    if zero_point is not None:
-        data["zero_point"] = jnp.broadcast_to(zero_point, w.shape)
-    return data
-
-
-def _choose_grid(data, rows, diagonal, start, features):
-    del diagonal, features
-    cut = lambda x: x if x.ndim == 0 else lax.dynamic_slice_in_dim(x, start, rows.shape[0])  # noqa: E731
-    return jax.tree.map(cut, data)
-
-
-def _round_row(row: jax.Array, data: dict[str, jax.Array], i: jax.Array) -> jax.Array:
-    mine = {k: x if x.ndim == 0 else x[i] for k, x in data.items()}
-    # A row that fills up the last block has the scale zero.
-    scale = jnp.where(mine["scale"] > 0, mine["scale"], 1.0)
-    return Grid(scale, mine.get("zero_point"), mine["bits"]).project(row)
-
-
-row_rule = RowRule(_choose_grid, _round_row)
-"""Each row on the grid that was fitted before any was changed: GPTQ with fixed steps."""

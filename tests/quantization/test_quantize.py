@@ -13,12 +13,16 @@ import jaxcompress as jc
 floats = st.floats(-1e3, 1e3, width=32)
 
 
+def over_all(**kwargs):
+    return jc.masked(jc.quantize(ranges=jc.quantization.min_max, **kwargs), "w")
+
+
 def grid_of(w, **kwargs):
-    return jc.masked(jc.quantize(**kwargs), "w").find({"w": jnp.asarray(w)})["w"]
+    return over_all(**kwargs).find({"w": jnp.asarray(w)})["w"]
 
 
 def compress(w, **kwargs):
-    return jc.compress(jc.masked(jc.quantize(**kwargs), "w"), {"w": jnp.asarray(w)})["w"]
+    return jc.compress(over_all(**kwargs), {"w": jnp.asarray(w)})["w"]
 
 
 def by_hand(run, bits, symmetric):
@@ -168,3 +172,28 @@ def test_bits_may_follow_a_schedule():
 def test_bad_input(kwargs, kind, text):
     with pytest.raises(kind, match=text):
         jc.compress(jc.quantize(**kwargs), {"w": jnp.ones((4, 4))})
+
+
+def test_small_weights_have_finite_steps_in_groups():
+    w = np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32) * np.float32(1e-3)
+    for bits, symmetric in ((2, True), (4, False)):
+        p = jc.quantize(bits, group_size=16, symmetric=symmetric)
+        params = {"w": jnp.asarray(w)}
+        scale = np.asarray(p.find(params)["w"].scale)
+        assert np.isfinite(scale).all()
+        assert (scale < 1e-2).all()
+        out = np.asarray(jc.compress(p, params)["w"])
+        assert ((out - w) ** 2).mean() < 0.3 * (w**2).mean()
+
+
+def test_an_embedding_that_is_selected_is_quantized():
+    table = {"embed": {"embedding": jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)))}}
+    table = jax.tree.map(lambda x: x.astype(jnp.float32), table)
+    p = jc.masked(jc.quantize(8, axis=0), "embed/embedding")
+    packed = jc.pack(p, table)
+    assert packed["embed"]["embedding"].nbytes == 16 * 8 + 16 * 4
+    look_up = lambda params, ids: params["embed"]["embedding"][ids]  # noqa: E731
+    ids = jnp.array([3, 0, 3])
+    np.testing.assert_array_equal(
+        jc.lift(look_up)(packed, ids), look_up(jc.compress(p, table), ids)
+    )
