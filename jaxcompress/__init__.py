@@ -15,6 +15,7 @@ from jaxcompress import pruning as pruning
 from jaxcompress import quantization as quantization
 from jaxcompress import report as report
 from jaxcompress import schedules as schedules
+from jaxcompress import search as search
 from jaxcompress import solvers as solvers
 from jaxcompress import tracing as tracing
 from jaxcompress import tree as tree
@@ -50,6 +51,7 @@ from jaxcompress.pruning import prune as prune
 from jaxcompress.quantization import cluster as cluster
 from jaxcompress.quantization import quantize as quantize
 from jaxcompress.report import summary as summary
+from jaxcompress.search import sweep as sweep
 from jaxcompress.solvers import compress as compress
 from jaxcompress.tracing import calibrate as calibrate
 from jaxcompress.tracing import capture as capture

@@ -16,12 +16,16 @@ import jaxcompress
 
 ROOT = pathlib.Path(jaxcompress.__file__).parent
 MODULES = [m.name for m in pkgutil.walk_packages([str(ROOT)], "jaxcompress.")]
+# Examples that use a package of the extra `peers`.
+NEEDS = {"jaxcompress.quantization._interop": "qwix"}
 NAMES = {"jax": jax, "jnp": jnp, "np": np, "optax": optax, "jc": jaxcompress}
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     module = importlib.import_module(name)
     flags = doctest.NORMALIZE_WHITESPACE
     # Users do not set strict promotion, and Optax does not pass it.

@@ -16,7 +16,7 @@ LEVELS = [
     {"projections", "tracing"},
     {"solvers"},
     {"pruning", "quantization", "factorization", "distillation"},
-    {"report", "export"},
+    {"report", "export", "search"},
 ]
 LEVEL = {room: i for i, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -5,6 +5,10 @@ from jaxcompress.report._figures import tradeoff as tradeoff
 from jaxcompress.report._masks import masks as masks
 from jaxcompress.report._panels import histograms as histograms
 from jaxcompress.report._panels import spectra as spectra
+from jaxcompress.report._quantization import Quantization as Quantization
+from jaxcompress.report._quantization import QuantizedLeaf as QuantizedLeaf
+from jaxcompress.report._quantization import QuantizedSite as QuantizedSite
+from jaxcompress.report._quantization import quantization as quantization
 from jaxcompress.report._summary import LeafRow as LeafRow
 from jaxcompress.report._summary import Summary as Summary
 from jaxcompress.report._summary import summary as summary

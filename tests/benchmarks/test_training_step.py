@@ -55,7 +55,7 @@ OPTIMIZERS = {
     ),
     "int8 straight-through": lambda: jc.straight_through(optax.adam(1e-3), jc.quantize(8)),
     "int4 grouped straight-through": lambda: jc.straight_through(
-        optax.adam(1e-3), jc.quantize(4, group_size=32)
+        optax.adam(1e-3), jc.quantize(4, group_size=32, ranges=jc.quantization.min_max)
     ),
 }
 # What a step may cost, in steps of plain Adam.
