@@ -110,11 +110,19 @@ def test_the_committed_record_of_quantization():
         assert row["size"] <= (0.27 if "int8" in way else 0.17), way
 
 
-def test_the_readme_shows_the_committed_record():
+def shown(name):
+    """The cells of a table of the README."""
     text = (EXAMPLES.parent / "README.md").read_text()
-    table = text.split("<!-- table: examples/minilm_pruning_results.json -->")[1]
-    rows = [line.strip("| ").split(" | ") for line in table.split("\n\n")[1].splitlines()[2:]]
-    assert rows == [
+    table = text.split(f"<!-- table: examples/{name} -->")[1]
+    return [line.strip("| ").split(" | ") for line in table.split("\n\n")[1].splitlines()[2:]]
+
+
+def test_the_readme_shows_the_committed_records():
+    assert shown(RESULTS.name) == [
         [row["way"], f"{row['cosine']:.3f}", f"{row['seconds']:.1f}"]
         for row in json.loads(RESULTS.read_text())["rows"]
+    ]
+    assert shown(QUANTIZED.name) == [
+        [row["way"], f"{row['cosine']:.4f}", f"{row['size']:.3f}"]
+        for row in json.loads(QUANTIZED.read_text())["rows"]
     ]

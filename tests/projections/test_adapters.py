@@ -52,7 +52,8 @@ def test_float32_lands_within_one_rounding_and_pack_is_exact():
 def test_straight_through_is_the_textbook_recursion():
     """Written out in NumPy: the gradient at the projected weights moves the latent ones."""
     params, goal = contract.params(), contract.params(seed=9)
-    opt = jc.straight_through(optax.sgd(0.1), jc.quantize(3, axis=None))
+    rounding = jc.quantize(3, axis=None, ranges=jc.quantization.min_max)
+    opt = jc.straight_through(optax.sgd(0.1), rounding)
     out, state = train(opt, params, steps=4)
     latent = np.asarray(params["b"]["kernel"], np.float64)
     w = latent

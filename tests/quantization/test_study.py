@@ -47,3 +47,15 @@ def test_the_committed_record():
     for name in ("2 bits, LSQ", "2 bits, LSQ+", "2 bits, PARQ"):
         assert beyond(name, "2 bits, absmax") > 2, name
     assert mean["2 bits, LSQ"] > mean["1 bit"] > mean["2 bits, absmax"]
+
+
+def test_the_readme_shows_the_committed_record():
+    def cell(accuracy):
+        percent = 100 * np.asarray(accuracy)
+        return f"{percent.mean():.1f} ± {percent.std(ddof=1) / np.sqrt(len(percent)):.1f}"
+
+    text = (EXAMPLES.parent / "README.md").read_text()
+    table = text.split("<!-- table: examples/quantization_study_results.json -->")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.split("\n\n")[1].splitlines()[2:]]
+    record = json.loads(RESULTS.read_text())["results"]
+    assert rows == [[row["method"], cell(row["accuracy"])] for row in record]
