@@ -32,10 +32,11 @@ def min_max(x: jax.Array, axes: tuple[int, ...], error: Error) -> tuple[jax.Arra
         Both ends, 0 for an empty run. A symmetric grid takes the larger magnitude.
 
     Examples:
-        >>> p = jc.quantize(4, symmetric=False, ranges=jc.quantization.min_max)
-        >>> jc.compress(p, {"w": jnp.array([[1.0, -0.5], [0.25, 0.1]])})["w"].round(3)
-        Array([[ 1.   , -0.52 ],
-               [ 0.267,  0.12 ]], dtype=float32)
+        >>> ranges = jc.quantization.min_max
+        >>> p = jc.quantize(2, axis=None, symmetric=False, ranges=ranges)
+        >>> jc.compress(p, {"w": jnp.array([[2.0, -1.0], [1.25, 0.25]])})["w"]
+        Array([[ 2., -1.],
+               [ 1.,  0.]], dtype=float32)
 
     Source: Jacob et al. 2017, arXiv:1712.05877, section 3.
     """
