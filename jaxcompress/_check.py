@@ -119,3 +119,13 @@ def floating(function: str, argument: str, leaf: Any, path: str | None = None) -
                 path=path,
             )
         )
+
+
+def key(function: str, value: Any) -> None:
+    """Refuses what `jax.random` does not take for one key."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", ())
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    one = shape == () if typed else dtype is not None and dtype == jnp.uint32 and len(shape) == 1
+    if not one:
+        rule, got = "be one key of jax.random", describe(value)
+        raise TypeError(message(function, "key", rule, got, "Pass jax.random.key(0)."))

@@ -15,7 +15,7 @@ from jaxcompress.pruning._counts import fraction_at, leaf_counts
 from jaxcompress.pruning._masks import Mask
 from jaxcompress.pruning._nm import axis_of_groups, keep_n_of_m, require_nm
 from jaxcompress.pruning._rank import require_score, scores_of
-from jaxcompress.pruning._scores import Score, magnitude, random, require_key, uniform_like
+from jaxcompress.pruning._scores import Score, magnitude, random, uniform_like
 from jaxcompress.pruning._select import largest
 
 
@@ -157,7 +157,7 @@ def _exchange(
     _check.numeric(function, "drop_fraction", drop_fraction, 0, 1)
     if initial is not None:
         require_score(function, "initial", initial)
-    require_key(function, key)
+    _check.key(function, key)
     first = random(key) if initial is None else initial
     renew = _unstructured(keeps) if keeps.nm is None else _in_groups(keeps, keeps.nm)
 

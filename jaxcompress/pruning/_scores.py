@@ -137,7 +137,7 @@ def random(key: jax.Array) -> Callable[..., PyTree]:
         >>> int((jc.compress(p, {"w": jnp.ones((4, 4))})["w"] == 0).sum())
         8
     """
-    require_key("random", key)
+    _check.key("random", key)
 
     def scores(params, *, grads=None, step=0):
         del grads
@@ -149,16 +149,6 @@ def random(key: jax.Array) -> Callable[..., PyTree]:
         return tree.map_arrays_with_path(leaf, params)
 
     return scores
-
-
-def require_key(function: str, key: Any) -> None:
-    """Refuses what `jax.random` does not take for one key."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    one = shape == () if typed else dtype is not None and dtype == jnp.uint32 and len(shape) == 1
-    if not one:
-        rule, got = "be one key of jax.random", _check.describe(key)
-        raise TypeError(_check.message(function, "key", rule, got, "Pass jax.random.key(0)."))
 
 
 def uniform_like(key: jax.Array, path: str, w: jax.Array, step: Any) -> jax.Array:

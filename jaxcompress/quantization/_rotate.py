@@ -64,7 +64,7 @@ def rotated(
     by itself.
     """
     require_projection("rotated", projection)
-    _require_key(key)
+    _check.key("rotated", key)
     _check.integer("rotated", "axis", axis, -(10**9))
     if order is not None:
         _check.integer("rotated", "order", order, 1)
@@ -114,13 +114,3 @@ def rotated(
         gram=gram_of,
     )
     return in_features(projection, signs_of, move)
-
-
-def _require_key(key: Any) -> None:
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
-    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    old = dtype == jnp.uint32 and len(shape) == 1
-    if not ((typed and shape == ()) or old):
-        rule, got = "be one key of jax.random", _check.describe(key)
-        fix = "Pass jax.random.key(0)."
-        raise TypeError(_check.message("rotated", "key", rule, got, fix))

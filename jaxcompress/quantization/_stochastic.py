@@ -201,13 +201,9 @@ def around(
 
 def typed_key(function: str, key: Any) -> jax.Array:
     """One typed key; refuses what `jax.random` does not take for one."""
-    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
-        return key
-    if dtype is not None and dtype == jnp.uint32 and len(shape) == 1:
-        return jax.random.wrap_key_data(key)
-    rule, got = "be one key of jax.random", _check.describe(key)
-    raise TypeError(_check.message(function, "key", rule, got, "Pass jax.random.key(0)."))
+    _check.key(function, key)
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if typed else jax.random.wrap_key_data(key)
 
 
 def folded(key: jax.Array, path: str, step: Any) -> jax.Array:
