@@ -114,7 +114,7 @@ def compensate(
         errors, (new, chosen) = lax.scan(
             one, jnp.zeros_like(rows), jnp.arange(count, dtype=jnp.int32)
         )
-        flat = lambda x: x.reshape((-1, *x.shape[2:]))  # noqa: E731
+        flat = lambda x: x.reshape((x.shape[0] * x.shape[1], *x.shape[2:]))  # noqa: E731
         chosen = chosen if part <= block_size else jax.tree.map(flat, chosen)
         return flat(new), errors, chosen
 

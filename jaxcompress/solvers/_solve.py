@@ -229,7 +229,7 @@ def _joined(x: jax.Array, block: int, features: int) -> jax.Array:
     if x.ndim < 3:
         return x
     rows = -(-features * x.shape[1] // block)
-    return x.reshape((-1, x.shape[2]))[:rows]
+    return x.reshape((x.shape[0] * x.shape[1], x.shape[2]))[:rows]
 
 
 def _falling(diagonal: jax.Array, group: int) -> jax.Array:
