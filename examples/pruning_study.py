@@ -7,25 +7,19 @@ sparsity. Takes about three minutes on two CPU cores.
 """
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import pathlib
-import platform
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import jaxcompress as jc
 
@@ -47,38 +41,9 @@ class Setting(NamedTuple):
 Method = Callable[[Setting], optax.GradientTransformation]
 
 
-def digits() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Images in [0, 1] and labels, for training and for the test."""
-    x, y = load_digits(return_X_y=True)
-    parts = train_test_split(x / 16, y, test_size=0.25, random_state=0, stratify=y)
-    x, x_test, y, y_test = (jnp.asarray(part) for part in parts)
-    return x.astype(jnp.float32), y, x_test.astype(jnp.float32), y_test
-
-
-def initial(key: jax.Array) -> dict[str, Any]:
-    """Weights of He and biases of zero."""
-    keys = jax.random.split(key, len(SIZES) - 1)
-    shapes = zip(itertools.pairwise(SIZES), keys, strict=True)
-    return {
-        f"layer{i}": {
-            "kernel": jax.random.normal(k, (m, n)) * jnp.sqrt(2 / m),
-            "bias": jnp.zeros(n),
-        }
-        for i, ((m, n), k) in enumerate(shapes)
-    }
-
-
-def logits(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Of images `[batch, 64]`."""
-    for i in range(len(params)):
-        x = jax.nn.relu(x) if i else x
-        x = x @ params[f"layer{i}"]["kernel"] + params[f"layer{i}"]["bias"]
-    return x
-
-
 def loss(params: dict[str, Any], x: jax.Array, y: jax.Array) -> jax.Array:
     """Mean cross-entropy."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(digits.logits(params, x), y).mean()
 
 
 def adam(setting: Setting) -> optax.GradientTransformation:
@@ -152,7 +117,9 @@ def powers(s: Setting) -> optax.GradientTransformation:
 
 def flow(s: Setting) -> Any:
     """Scores of SynFlow."""
-    return jc.pruning.synflow(logits, s.params, jnp.ones((1, 64)), sparsity=s.sparsity, steps=50)
+    return jc.pruning.synflow(
+        digits.logits, s.params, jnp.ones((1, 64)), sparsity=s.sparsity, steps=50
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -183,7 +150,7 @@ def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.n
 
     def run(sparsity, seed):
         start, order, own = jax.random.split(jax.random.key(seed), 3)
-        params = initial(start)
+        params = digits.initial(start, SIZES)
         opt = method(Setting(sparsity, steps, own, params, [(x[:256], y[:256])]))
 
         def step(carry, key):
@@ -197,16 +164,11 @@ def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.n
         keys = jax.random.split(order, steps)
         (params, _), _ = jax.lax.scan(step, (params, opt.init(params)), keys)
         alive = sum(jnp.sum(layer["kernel"] != 0) for layer in params.values())
-        return jnp.mean(logits(params, x_test).argmax(-1) == y_test), alive
+        return jnp.mean(digits.logits(params, x_test).argmax(-1) == y_test), alive
 
     over = jax.vmap(jax.vmap(run, (None, 0)), (0, None))
     accuracy, alive = jax.jit(over)(jnp.asarray(SPARSITIES), jnp.asarray(seeds))
     return np.asarray(accuracy), np.asarray(alive)
-
-
-def standard_error(accuracy: np.ndarray) -> np.ndarray:
-    """Of the mean over the last axis."""
-    return accuracy.std(-1, ddof=1) / np.sqrt(accuracy.shape[-1])
 
 
 def table(found: dict[str, np.ndarray]) -> Table:
@@ -216,7 +178,7 @@ def table(found: dict[str, np.ndarray]) -> Table:
     for sparsity in SPARSITIES:
         made.add_column(f"{sparsity:.0%} sparse", justify="right")
     for name, accuracy in found.items():
-        cells = zip(accuracy.mean(-1), standard_error(accuracy), strict=True)
+        cells = zip(accuracy.mean(-1), digits.standard_error(accuracy), strict=True)
         made.add_row(name, *(f"{100 * mean:.1f} ± {100 * error:.1f}" for mean, error in cells))
     return made
 
@@ -231,7 +193,7 @@ def picture(found: dict[str, np.ndarray], path: pathlib.Path) -> None:
         axes.errorbar(
             100 * np.asarray(SPARSITIES),
             100 * accuracy.mean(-1),
-            100 * standard_error(accuracy),
+            100 * digits.standard_error(accuracy),
             label=name,
             capsize=2,
             linestyle=("-", "--", ":")[i // 10 % 3],
@@ -249,40 +211,25 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    start, data = time.perf_counter(), digits()
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    start, data = time.perf_counter(), digits.load()
+    console = digits.console()
     size = sum(m * n for m, n in itertools.pairwise(SIZES))
 
     found, seconds = {}, {}
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(options.only))
-        for name in options.only:
-            progress.update(task, description=name)
-            began = time.perf_counter()
-            accuracy, alive = study(METHODS[name], data, options.steps, options.seeds)
-            wanted = [[round((1 - s) * size)] for s in SPARSITIES]
-            # A leaf with a share of its own rounds on its own; a weight that has come back and
-            # whose pixel is always black is still zero.
-            if (alive - wanted).max() >= len(SIZES):
-                raise RuntimeError(f"{name}: {alive.tolist()} weights live, not {wanted}")
-            found[name], seconds[name] = accuracy, round(time.perf_counter() - began, 1)
-            progress.advance(task)
+    for name in digits.in_turn(options.only, console, seconds):
+        accuracy, alive = study(METHODS[name], data, options.steps, options.seeds)
+        wanted = [[round((1 - s) * size)] for s in SPARSITIES]
+        # A leaf with a share of its own rounds on its own; a weight that has come back and
+        # whose pixel is always black is still zero.
+        if (alive - wanted).max() >= len(SIZES):
+            raise RuntimeError(f"{name}: {alive.tolist()} weights live, not {wanted}")
+        found[name] = accuracy
 
     console.print(table(found))
     picture(found, options.out / "accuracy_against_sparsity.png")
-    record = {
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "versions": {n: importlib.metadata.version(n) for n in ("jax", "optax", "jaxcompress")},
-        "seconds": round(time.perf_counter() - start, 1),
-        "steps": options.steps,
-        "seeds": options.seeds,
-        "sparsities": SPARSITIES,
-        "results": [
-            {"method": name, "seconds": seconds[name], "accuracy": accuracy.round(5).tolist()}
-            for name, accuracy in found.items()
-        ],
-    }
+    record = digits.record(
+        start, options.steps, options.seeds, found, seconds, sparsities=SPARSITIES
+    )
     (options.out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
     console.print(
         f"{record['seconds']} s. The picture and results.json are in {options.out.resolve()}"

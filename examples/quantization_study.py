@@ -8,25 +8,18 @@ all of it runs.
 """
 
 import argparse
-import importlib.metadata
-import itertools
 import json
 import pathlib
-import platform
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import digits
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import jaxcompress as jc
 
@@ -41,35 +34,6 @@ class Method(NamedTuple):
     # Distinct values that a channel of weights may take, at most; None: any.
     values: int | None
     activations: int | None = None
-
-
-def digits() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Images in [0, 1] and labels, for training and for the test."""
-    x, y = load_digits(return_X_y=True)
-    parts = train_test_split(x / 16, y, test_size=0.25, random_state=0, stratify=y)
-    x, x_test, y, y_test = (jnp.asarray(part) for part in parts)
-    return x.astype(jnp.float32), y, x_test.astype(jnp.float32), y_test
-
-
-def initial(key: jax.Array) -> dict[str, Any]:
-    """Weights of He and biases of zero."""
-    keys = jax.random.split(key, len(SIZES) - 1)
-    shapes = zip(itertools.pairwise(SIZES), keys, strict=True)
-    return {
-        f"layer{i}": {
-            "kernel": jax.random.normal(k, (m, n)) * jnp.sqrt(2 / m),
-            "bias": jnp.zeros(n),
-        }
-        for i, ((m, n), k) in enumerate(shapes)
-    }
-
-
-def logits(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Of images `[batch, 64]`."""
-    for i in range(len(params)):
-        x = jax.nn.relu(x) if i else x
-        x = x @ params[f"layer{i}"]["kernel"] + params[f"layer{i}"]["bias"]
-    return x
 
 
 def adam(steps: int) -> optax.GradientTransformation:
@@ -139,16 +103,16 @@ METHODS = {
 def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.ndarray, int]:
     """Test accuracy of each seed, and the most values that a channel has: a single program."""
     x, y, x_test, y_test = data
-    fn = logits
+    fn = digits.logits
     if method.activations is not None:
-        fn = jc.quantize_activations(logits, method.activations, symmetric=False)
+        fn = jc.quantize_activations(digits.logits, method.activations, symmetric=False)
 
     def loss(params, x, y):
         return optax.softmax_cross_entropy_with_integer_labels(fn(params, x), y).mean()
 
     def run(seed):
         start, order = jax.random.split(jax.random.key(seed))
-        params = initial(start)
+        params = digits.initial(start, SIZES)
         opt = method.optimizer(steps)
 
         def step(carry, key):
@@ -169,18 +133,15 @@ def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.n
     return np.asarray(accuracy), max(len(np.unique(channel.round(5))) for channel in channels)
 
 
-def standard_error(accuracy: np.ndarray) -> float:
-    """Of the mean."""
-    return float(accuracy.std(ddof=1) / np.sqrt(len(accuracy))) if len(accuracy) > 1 else 0.0
-
-
 def table(found: dict[str, np.ndarray]) -> Table:
     """Mean and standard error of the accuracy, in percent."""
     made = Table(title="test accuracy, %: mean and standard error")
     made.add_column("weights")
     made.add_column("accuracy", justify="right")
     for name, accuracy in found.items():
-        made.add_row(name, f"{100 * accuracy.mean():.1f} ± {100 * standard_error(accuracy):.1f}")
+        made.add_row(
+            name, f"{100 * accuracy.mean():.1f} ± {100 * digits.standard_error(accuracy):.1f}"
+        )
     return made
 
 
@@ -196,34 +157,19 @@ def main() -> None:
     if options.quick:
         options.steps, options.seeds = 20, [0, 1]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    start, data = time.perf_counter(), digits()
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    start, data = time.perf_counter(), digits.load()
+    console = digits.console()
 
     found, seconds = {}, {}
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=len(options.only))
-        for name in options.only:
-            progress.update(task, description=name)
-            began, method = time.perf_counter(), METHODS[name]
-            accuracy, values = study(method, data, options.steps, options.seeds)
-            if method.values is not None and values > method.values:
-                raise RuntimeError(f"{name}: a channel has {values} values")
-            found[name], seconds[name] = accuracy, round(time.perf_counter() - began, 1)
-            progress.advance(task)
+    for name in digits.in_turn(options.only, console, seconds):
+        method = METHODS[name]
+        accuracy, values = study(method, data, options.steps, options.seeds)
+        if method.values is not None and values > method.values:
+            raise RuntimeError(f"{name}: a channel has {values} values")
+        found[name] = accuracy
 
     console.print(table(found))
-    record = {
-        "device": f"{jax.devices()[0].device_kind}, {platform.machine()}",
-        "versions": {n: importlib.metadata.version(n) for n in ("jax", "optax", "jaxcompress")},
-        "seconds": round(time.perf_counter() - start, 1),
-        "steps": options.steps,
-        "seeds": options.seeds,
-        "results": [
-            {"method": name, "seconds": seconds[name], "accuracy": accuracy.round(5).tolist()}
-            for name, accuracy in found.items()
-        ],
-    }
+    record = digits.record(start, options.steps, options.seeds, found, seconds)
     options.out.write_text(json.dumps(record, indent=2) + "\n")
     console.print(f"{record['seconds']} s. The record is {options.out.resolve()}")
 
