@@ -9,7 +9,7 @@ ROOT = pathlib.Path(jaxcompress.__file__).parent
 # From the bottom up; a room may import its own and any lower level.
 LEVELS = [
     {"_types"},
-    {"_check"},
+    {"_check", "_keys"},
     {"_sharding"},
     {"tree"},
     {"arrays", "schedules"},

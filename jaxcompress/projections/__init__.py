@@ -2,6 +2,7 @@
 
 from jaxcompress.projections._alternate import alternated as alternated
 from jaxcompress.projections._base import Projection as Projection
+from jaxcompress.projections._base import is_leaf_structure as is_leaf_structure
 from jaxcompress.projections._base import is_masked_node as is_masked_node
 from jaxcompress.projections._base import kept_by as kept_by
 from jaxcompress.projections._base import observed as observed

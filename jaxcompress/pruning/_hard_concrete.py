@@ -1,7 +1,6 @@
 """L0 regularization: weights behind random gates that learn to close, hard-concrete ones."""
 
 import dataclasses
-import zlib
 from collections.abc import Callable
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxcompress import _check, tree
+from jaxcompress import _check, _keys, tree
 from jaxcompress._sharding import place_like
 from jaxcompress._types import ArrayLike, Numeric, PyTree
 from jaxcompress.projections import Reparametrization, number_at, reparametrized
@@ -181,8 +180,7 @@ def hard_concrete(
         def leaf(path, z):
             if not isinstance(z, Gated):
                 return z
-            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-            own = jax.random.fold_in(own, _draws(z).astype(jnp.uint32))
+            own = _keys.of_leaf(key, path, _draws(z))
             return z.times(sample_gates(z.log_alpha, own, temperature, *stretch))
 
         return tree.map_with_path(leaf, latents)

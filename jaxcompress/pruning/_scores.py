@@ -1,13 +1,12 @@
 """Scores: how much each weight matters. The largest scores live."""
 
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxcompress import _check, tree
+from jaxcompress import _check, _keys, tree
 from jaxcompress._sharding import automatic, place_like
 from jaxcompress._types import Numeric, PyTree
 from jaxcompress.projections import number_at
@@ -153,8 +152,7 @@ def random(key: jax.Array) -> Callable[..., PyTree]:
 
 def uniform_like(key: jax.Array, path: str, w: jax.Array, step: Any) -> jax.Array:
     """A number in [0, 1) for each weight of the leaf at `path`, other ones at each step."""
-    own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    own = jax.random.fold_in(own, jnp.asarray(step, jnp.uint32))
+    own = _keys.of_leaf(key, path, step)
     return place_like(jax.random.uniform(own, w.shape, jnp.float32), w)
 
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from jaxcompress import _check, tree
 from jaxcompress._types import ArrayLike, PyTree
-from jaxcompress.projections import Projection
-from jaxcompress.projections._base import kept_by
+from jaxcompress.projections import Projection, kept_by
 from jaxcompress.pruning._custom import apply_masks
 from jaxcompress.pruning._prune import prune
 

@@ -12,7 +12,7 @@ from jax import lax
 from jaxcompress import _check, arrays, tree
 from jaxcompress._sharding import automatic, place_like
 from jaxcompress._types import ArrayLike, PyTree
-from jaxcompress.projections import Projection
+from jaxcompress.projections import Projection, is_leaf_structure
 from jaxcompress.quantization._grid import Grid
 from jaxcompress.solvers import Layout, gram_of, layouts
 from jaxcompress.tracing import Statistics
@@ -163,11 +163,10 @@ class _Job(NamedTuple):
 
 def _grids(structure: PyTree, params: PyTree) -> dict[str, Grid]:
     """The uniform grids in a structure, by the path of their leaf."""
-    is_one = lambda x: hasattr(type(x), "pack") and hasattr(type(x), "project")  # noqa: E731
-    flat, _ = jax.tree_util.tree_flatten_with_path(structure, is_leaf=is_one)
+    flat, _ = jax.tree_util.tree_flatten_with_path(structure, is_leaf=is_leaf_structure)
     found: dict[str, list[Any]] = {}
     for keys, one in flat:
-        if is_one(one):
+        if is_leaf_structure(one):
             found.setdefault(keys[-1].key, []).append(one)
     grids = {path: ones for path, ones in found.items() if any(isinstance(x, Grid) for x in ones)}
     if not grids:

@@ -12,7 +12,7 @@ from jaxcompress import _check, arrays, tree
 from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric
 from jaxcompress.projections import Projection, number_at, of_leaves
-from jaxcompress.quantization._grid import pattern_without_zeros, refuse_nan
+from jaxcompress.quantization._pack import packed_codes, pattern_without_zeros, refuse_nan
 
 
 @jax.tree_util.register_dataclass
@@ -45,12 +45,7 @@ class Centroids:
         bits = max(1, int(len(values) - 1).bit_length())
         codes = _assign(dense.astype(jnp.float32), values).astype(jnp.uint8)
         pattern = pattern_without_zeros(w, dense)
-        if pattern is not None:
-            codes = arrays.with_entries(
-                pattern, codes, bits=bits if bits < 8 else None, signed=False
-            )
-        elif bits < 8:
-            codes = arrays.pack_bits(codes, bits, signed=False)
+        codes = packed_codes(codes, pattern, bits, signed=False)
         return arrays.Codebook(codes, values, dtype=np.dtype(dense.dtype))
 
 

@@ -15,7 +15,12 @@ from jaxcompress._sharding import automatic
 from jaxcompress._types import ArrayLike, PyTree
 from jaxcompress.projections import RowRule, Rows
 from jaxcompress.quantization._formats import E8M0, Format
-from jaxcompress.quantization._grid import pattern_of, pattern_without_zeros, refuse_nan
+from jaxcompress.quantization._pack import (
+    packed_codes,
+    pattern_of,
+    pattern_without_zeros,
+    refuse_nan,
+)
 from jaxcompress.quantization._ranges import Ranges
 from jaxcompress.quantization._runs import Runs, split, squeezed
 from jaxcompress.quantization._scales import TINY, in_two, pack_scales
@@ -59,19 +64,12 @@ class FloatGrid:
         dense, kind = arrays.todense(w), self.format
         refuse_nan(dense, path)
         values = np.asarray(self._values(dense, self._expanded(dense)))
-        bits = kind.bits if kind.bits < 8 else None
         pattern = pattern_of(w) if 0.0 in kind.values else pattern_without_zeros(w, dense)
         if kind.dtype is not None:
             codes = jnp.asarray(values).astype(kind.dtype)
             codes = codes if pattern is None else arrays.with_entries(pattern, codes)
         else:
-            codes = kind.codes(values)
-            if pattern is not None:
-                codes = arrays.with_entries(pattern, codes, bits=bits, signed=False)
-            elif bits is not None:
-                codes = arrays.pack_bits(codes, bits, signed=False)
-            else:
-                codes = jnp.asarray(codes)
+            codes = packed_codes(kind.codes(values), pattern, kind.bits, signed=False)
             book = jnp.asarray(kind.codebook())
             codes = arrays.Codebook(codes, book, np.dtype(np.float32))
         scale = pack_scales(self.scale, self.second, self.scales)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxcompress import _check, arrays
+from jaxcompress import arrays
 from jaxcompress._sharding import automatic
 from jaxcompress._types import ArrayLike
 from jaxcompress.quantization._conventions import (
@@ -20,6 +20,12 @@ from jaxcompress.quantization._conventions import (
     zero_point_of,
 )
 from jaxcompress.quantization._formats import Format
+from jaxcompress.quantization._pack import (
+    packed_codes,
+    pattern_of,
+    pattern_without_zeros,
+    refuse_nan,
+)
 from jaxcompress.quantization._ranges import Ranges, SmallestError, absmax, min_max, mse
 from jaxcompress.quantization._runs import Runs, split, squeezed
 from jaxcompress.quantization._scales import packed_steps, rounded_steps
@@ -74,12 +80,7 @@ class Grid:
             codes = codes > 0
         signed = symmetric and not binary
         codes = codes.astype(jnp.int8 if signed else jnp.uint8)
-        if pattern is not None:
-            codes = arrays.with_entries(
-                pattern, codes, bits=bits if bits < 8 else None, signed=signed
-            )
-        elif bits < 8:
-            codes = arrays.pack_bits(codes, bits, signed=signed)
+        codes = packed_codes(codes, pattern, bits, signed=signed)
         zero = None if self.zero_point is None else self.zero_point.astype(jnp.uint8)
         scale = packed_steps(self.scale, self.second, self.scales)
         return arrays.Quantized(codes, scale, zero, np.dtype(dense.dtype), self.group, binary)
@@ -179,34 +180,3 @@ def _range(x, axes, error, bits: jax.Array, ranges: Ranges | None):
     if ranges is not None:
         return ranges(x, axes, error)
     return lax.cond(bits <= 4, lambda: mse()(x, axes, error), lambda: min_max(x, axes, error))
-
-
-def pattern_of(w: Any) -> Any:
-    """The sparse array that holds the entries of `w`, or None for a dense leaf."""
-    inner = w
-    while isinstance(inner, (arrays.Quantized, arrays.Codebook)):
-        inner = inner.codes
-    return inner if arrays.is_sparse(inner) else None
-
-
-def pattern_without_zeros(w: Any, dense: jax.Array) -> Any:
-    """A pattern that leaves out every exact zero, for codes that have none for it."""
-    pattern, present = pattern_of(w), dense != 0
-    if pattern is not None:
-        return arrays.restrict(pattern, present)
-    return None if bool(present.all()) else arrays.bit_mask(dense, present)
-
-
-def refuse_nan(dense: jax.Array, path: str) -> None:
-    """Refuses to store NaN as an integer: no code stands for it."""
-    if bool(jnp.isnan(dense).any()):
-        raise ValueError(
-            _check.message(
-                "pack",
-                "params",
-                "be free of NaN to be stored as codes",
-                _check.describe(dense) + " with NaN",
-                "The run diverged.",
-                path=path,
-            )
-        )

@@ -14,7 +14,12 @@ from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric
 from jaxcompress.projections import Projection, number_at, of_leaves
 from jaxcompress.quantization._conventions import levels
-from jaxcompress.quantization._grid import pattern_of, pattern_without_zeros, refuse_nan
+from jaxcompress.quantization._pack import (
+    packed_codes,
+    pattern_of,
+    pattern_without_zeros,
+    refuse_nan,
+)
 from jaxcompress.quantization._runs import Granularity, Runs, split, squeezed
 
 
@@ -62,12 +67,7 @@ class OffsetGrid:
         else:
             pattern = None
         codes = codes.astype(jnp.uint8)
-        if pattern is not None:
-            codes = arrays.with_entries(
-                pattern, codes, bits=bits if bits < 8 else None, signed=False
-            )
-        elif bits < 8:
-            codes = arrays.pack_bits(codes, bits, signed=False)
+        codes = packed_codes(codes, pattern, bits, signed=False)
         dtype = np.dtype(dense.dtype)
         return arrays.Quantized(codes, self.scale, self.zero_point, dtype=dtype, group=self.group)
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxcompress import _check, tree
+from jaxcompress import _check, _keys, tree
 from jaxcompress._sharding import place_like
 from jaxcompress._types import ArrayLike, Numeric
 from jaxcompress.projections import number_at
 from jaxcompress.quantization._conventions import levels
 from jaxcompress.quantization._fake import along, pass_through, whole
-from jaxcompress.quantization._stochastic import folded, typed_key
+from jaxcompress.quantization._stochastic import typed_key
 
 
 def pact(
@@ -256,7 +256,7 @@ def round_gradients(
             skip = not hasattr(g, "dtype") or not jnp.issubdtype(g.dtype, jnp.floating)
             if skip or (chosen is not None and not chosen[path]):
                 return g
-            own = folded(typed, path, state.step)
+            own = _keys.of_leaf(typed, path, state.step)
             uniform = place_like(jax.random.uniform(own, g.shape, jnp.float32), g)
             out = _rounded_gradient(g, width, uniform, tuple(range(g.ndim)))
             return jnp.where(jnp.isfinite(g).all(), out, g)

@@ -1,13 +1,12 @@
 """Quantizing in rotated features, which have no outliers."""
 
-import zlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress import _check, arrays, tree
+from jaxcompress import _check, _keys, arrays, tree
 from jaxcompress._types import PyTree
 from jaxcompress.projections import Projection
 from jaxcompress.quantization._features import Move, in_features, require_projection
@@ -81,7 +80,7 @@ def rotated(
                 rule = f"divide the {length} features and be a known order"
                 fix = f"The largest is {arrays.hadamard_order(length)}."
                 raise ValueError(_check.message("rotated", "order", rule, order, fix, path=path))
-            own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+            own = _keys.of_leaf(key, path)
             signs[path] = jax.random.rademacher(own, (length,), jnp.int8)
         return signs
 

@@ -1,21 +1,20 @@
 """Stochastic rounding: to one of both neighbours, so that the mean is exact."""
 
 import dataclasses
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcompress import _check, arrays
+from jaxcompress import _check, _keys, arrays
 from jaxcompress._sharding import automatic, place_like
 from jaxcompress._types import PyTree
-from jaxcompress.projections import Projection
-from jaxcompress.projections._base import is_leaf_structure
+from jaxcompress.projections import Projection, is_leaf_structure
 from jaxcompress.quantization._cluster import Centroids, _assign
 from jaxcompress.quantization._float_grid import FloatGrid
-from jaxcompress.quantization._grid import Grid, pattern_of
+from jaxcompress.quantization._grid import Grid
+from jaxcompress.quantization._pack import pattern_of
 
 Values = Grid | FloatGrid | Centroids
 """What a leaf can be rounded to: each has `project` and `pack`."""
@@ -152,7 +151,7 @@ def stochastic(projection: Projection, *, key: jax.Array) -> Projection:
     implementation = str(jax.random.key_impl(typed))
 
     def wrap(path: str, found: Values, step: Any) -> Stochastic:
-        own = folded(typed, path, step)
+        own = _keys.of_leaf(typed, path, step)
         return Stochastic(found, jax.random.key_data(own), implementation)
 
     return around("stochastic", projection, wrap)
@@ -204,9 +203,3 @@ def typed_key(function: str, key: Any) -> jax.Array:
     _check.key(function, key)
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return key if typed else jax.random.wrap_key_data(key)
-
-
-def folded(key: jax.Array, path: str, step: Any) -> jax.Array:
-    """A key of its own for each leaf and each step."""
-    own = jax.random.fold_in(key, zlib.crc32(path.encode()))
-    return jax.random.fold_in(own, jnp.asarray(step, jnp.uint32))
