@@ -144,12 +144,10 @@ def damp(gram: jax.Array, damping: jax.Array) -> Damped:
     damping = damping.astype(dtype)
     diagonal = jnp.diagonal(gram)
     dead = diagonal <= 0
-    top = jnp.max(diagonal, initial=0.0)
-    top = jnp.where(top > 0, top, jnp.ones_like(top))
     live = jnp.maximum(jnp.sum((~dead).astype(dtype)), 1.0)
     # Divided before it is summed, which could leave the range.
-    mean = jnp.sum(jnp.where(dead, 0.0, diagonal / top)) / live
-    scale = top * jnp.where(mean > 0, mean, jnp.ones_like(mean))
+    mean = jnp.sum(jnp.where(dead, 0.0, diagonal / live))
+    scale = jnp.where(mean == 0, jnp.ones_like(mean), mean)
     unit = gram / scale + jnp.diag(dead.astype(dtype))
 
     def failed(carry):
@@ -163,8 +161,9 @@ def damp(gram: jax.Array, damping: jax.Array) -> Damped:
         hessian = unit + strength * jnp.eye(size, dtype=dtype)
         lower = jnp.linalg.cholesky(hessian[::-1, ::-1])
         # A pivot that is rounding noise: XLA's decomposition "succeeds" on singular matrices.
+        # Wherever a NaN or an infinity is, it reaches a pivot.
         noise = 4 * math.sqrt(size) * jnp.finfo(dtype).eps * jnp.diagonal(hessian)[::-1]
-        sound = jnp.isfinite(lower).all() & (jnp.square(jnp.diagonal(lower)) > noise).all()
+        sound = (jnp.square(jnp.diagonal(lower)) > noise).all()
         return strength, lower, sound, tries + 1
 
     # The first try is a trip too, for a decomposition takes long to compile.

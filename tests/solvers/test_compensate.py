@@ -296,7 +296,7 @@ def test_the_program_does_not_grow_with_the_layer():
         f = lambda w, u: compensate(w, u, *callbacks("unstructured", k), block_size=b)  # noqa: E731
         return str(jax.make_jaxpr(f)(*shapes)).count(" = ")
 
-    assert equations(64, 4) == equations(4096, 4)
+    assert equations(64, 4) <= equations(1024, 4) == equations(4096, 4)
     assert equations(1024, 128) == equations(4096, 128) < 1.5 * equations(64, 4)
 
 
