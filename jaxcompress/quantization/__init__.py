@@ -107,5 +107,6 @@ from jaxcompress.quantization._ranges import mse as mse
 from jaxcompress.quantization._ranges import percentile as percentile
 from jaxcompress.quantization._rescale import rescaled as rescaled
 from jaxcompress.quantization._rotate import rotated as rotated
+from jaxcompress.quantization._rotate_streams import rotate_streams as rotate_streams
 from jaxcompress.quantization._stochastic import Stochastic as Stochastic
 from jaxcompress.quantization._stochastic import stochastic as stochastic

@@ -47,9 +47,8 @@ def rotated(
 
     Cost: two transforms of each leaf in `project`. In the lifted model one of the activations
     per leaf, in float32, :math:`O(n \log n)` for n features against :math:`n m` of the product
-    with m outputs, and one byte per feature. QuaRot saves most of these by rotating the whole
-    residual stream once, which needs a model whose norms commute with a rotation (RMSNorm, its
-    gains folded into the next layers); here LayerNorm and any other model do as well.
+    with m outputs, and one byte per feature. `rotate_streams` saves most of these where the
+    norms of a model stand before its layers; this covers any model.
 
     Examples:
         >>> w = jnp.ones((64, 8)).at[3].set(30.0)

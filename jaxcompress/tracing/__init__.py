@@ -20,3 +20,6 @@ from jaxcompress.tracing._names import name as name
 from jaxcompress.tracing._nnx import functional as functional
 from jaxcompress.tracing._sites import Site as Site
 from jaxcompress.tracing._sites import sites as sites
+from jaxcompress.tracing._streams import Member as Member
+from jaxcompress.tracing._streams import Stream as Stream
+from jaxcompress.tracing._streams import streams as streams
