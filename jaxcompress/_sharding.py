@@ -49,3 +49,19 @@ def automatic(f: Callable[..., Any], *arrays: jax.Array, like_first: bool) -> An
         return f(*arrays)
     spec = jax.typeof(arrays[0]).sharding.spec if like_first else PartitionSpec()
     return jax.sharding.auto_axes(f, out_sharding=on_mesh_of(arrays[0], spec))(*arrays)
+
+
+def automatic_like(f: Callable[..., tuple[Any, Any]], tree: Any, *others: Any) -> Any:
+    """`f(tree, *others)` as `automatic` has it, for trees.
+
+    Args:
+        f: gives a tree like the first and anything else. It must not close over traced values.
+        tree: of arrays. The first result is sharded as it is.
+        *others: trees of arrays. The second result is replicated.
+    """
+    explicit = [x for x in jax.tree.leaves(tree) if is_explicit(x)]
+    if not explicit:
+        return f(tree, *others)
+    replicated = on_mesh_of(explicit[0], PartitionSpec())
+    like = jax.tree.map(lambda x: jax.typeof(x).sharding if is_explicit(x) else replicated, tree)
+    return jax.sharding.auto_axes(f, out_sharding=(like, replicated))(tree, *others)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check, projections, tree
+from jaxcompress._sharding import automatic_like
 from jaxcompress._types import ArrayLike, PyTree
 from jaxcompress.projections import Projection
 from jaxcompress.solvers._solve import How, rules_of, solve, structure_of
@@ -106,8 +107,13 @@ def compress(
         return (new, structure) if return_structure else new
     _check.number("compress", "damping", damping, 0.0)
     _check.integer("compress", "block_size", block_size, 1)
-    found, uses = rules_of(projection, params, step)
-    how = How(damping, block_size, act_order, return_structure)
-    solved = solve("compress", uses, params, stats, how)
-    new = tree.map_with_path(lambda path, w: solved[path].w if path in solved else w, params)
-    return (new, structure_of(found, solved)) if return_structure else new
+
+    def solved_for(params, stats, damping, step):
+        found, uses = rules_of(projection, params, step)
+        how = How(damping, block_size, act_order, return_structure)
+        solved = solve("compress", uses, params, stats, how)
+        new = tree.map_with_path(lambda path, w: solved[path].w if path in solved else w, params)
+        return new, structure_of(found, solved) if return_structure else None
+
+    new, structure = automatic_like(solved_for, params, stats, damping, step)
+    return (new, structure) if return_structure else new

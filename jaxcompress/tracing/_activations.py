@@ -36,8 +36,9 @@ def quantize_activations(
     the identity within the range and zero outside.
 
     Args:
-        fn: any function `fn(params, *args, **kwargs)`. `jc.lift(fn)` too: then both weights
-            and activations are quantized.
+        fn: any function `fn(params, *args, **kwargs)`. For compressed params too put `jc.lift`
+            around the result, `jc.lift(jc.quantize_activations(fn))`: sites keep the names that
+            they have with dense params.
         bits: :math:`b`, in bits, at least 2 if symmetric, else 1. May be traced.
         ranges: by site name, anything with `low` and `high`, as `jc.calibrate` returns (with
             a leading axis for layers of a scan); per tensor or per feature. May be traced.

@@ -274,7 +274,8 @@ def chosen_sites(function: str, sites: list[Site], where: tree.Where | None) -> 
                 "fn",
                 "multiply activations with at least one leaf of its first argument",
                 "none",
-                "Pass the params as the first argument of the function.",
+                "Pass the params as the first argument. Of decoded codes there is none: put jc.lift"
+                " outside, as jc.lift(jc.quantize_activations(fn)), and calibrate dense params.",
             )
         )
     if where is None:

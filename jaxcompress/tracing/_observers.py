@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check
+from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric, PyTree
 
 Per = Literal["tensor", "channel"]
@@ -226,7 +227,7 @@ def gram() -> Observer:
 
     def update(state, x):
         x = _wide(x)
-        matrix = jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
+        matrix = automatic(_gram_of, x, like_first=False)
         return Gram(state.count + x.shape[0], state.matrix + matrix)
 
     def merge(a, b):
@@ -236,6 +237,10 @@ def gram() -> Observer:
         return Gram(jnp.zeros((), jnp.float32), jnp.zeros((features, features), jnp.float32))
 
     return Observer(init, update, merge, lambda state: state)
+
+
+def _gram_of(x: jax.Array) -> jax.Array:
+    return jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)
 
 
 def together(**observers: Observer) -> Observer:

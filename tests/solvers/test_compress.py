@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from tests.conftest import counting_jit
+from tests.conftest import counting_jit, mesh_of
 from tests.solvers import brute_force
 
 DAMPING = 0.02
@@ -329,6 +329,34 @@ def test_dtypes_jit_and_vmap(dtype):
         )
         assert int((mapped[i] != 0).sum()) == 60 - round(float(grid[i]) * 60)
     assert at.traces == 1
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("sharded", ["weights", "tokens"])
+def test_on_a_mesh_it_is_the_same(kind, sharded):
+    fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    params = {"a": draw(16, 8), "b": draw(8, 16, seed=1)}
+    x = inputs(64, 16)
+    p = jc.chain(jc.prune(0.5), jc.quantize(4, group_size=8, ranges=jc.quantization.min_max))
+
+    def solved(params, x):
+        stats = jc.calibrate(fn, params, [(x,)], gram=True)
+        return jc.compress(p, params, stats=stats, return_structure=True)
+
+    want = solved(params, x)
+    with jax.set_mesh(mesh_of(kind)):
+        place = lambda w, *spec: jax.device_put(w, jax.P(*spec))  # noqa: E731
+        if sharded == "weights":
+            params = {"a": place(params["a"], None, "d"), "b": place(params["b"], None, "d")}
+        else:
+            x = place(x, "d")
+            params = jax.tree.map(place, params)
+        for f in (solved, jax.jit(solved)):
+            found = f(params, x)
+            for name, w in params.items():
+                assert found[0][name].sharding.is_equivalent_to(w.sharding, 2)
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_without_statistics_it_is_the_nearest_in_weights():

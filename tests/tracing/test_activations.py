@@ -111,9 +111,31 @@ def test_only_chosen_sites():
 
 def test_weights_and_activations_together():
     small = jc.pack(jc.quantize(8), PARAMS)
-    y = jc.quantize_activations(jc.lift(linear), 8)(small, X)
+    y = jc.lift(jc.quantize_activations(linear, 8))(small, X)
     integer = jc.lift(linear, activations="dynamic")(small, X)
     np.testing.assert_allclose(y, integer, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "p",
+    [
+        jc.quantize(4),
+        jc.quantize(3, group_size=4, symmetric=False),
+        jc.quantization.nf4(),
+        jc.prune(nm=(2, 4)),
+        jc.low_rank(2),
+    ],
+    ids=["int4", "int3 groups", "nf4", "2:4", "rank 2"],
+)
+def test_activations_of_any_compressed_weights(p):
+    rounded = jc.quantize_activations(linear, 6)
+    want = rounded(jc.compress(p, PARAMS), X)
+    np.testing.assert_allclose(jc.lift(rounded)(jc.pack(p, PARAMS), X), want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_other_way_round_says_what_to_do():
+    with pytest.raises(ValueError, match=r"jc\.lift\(jc\.quantize_activations"):
+        jc.quantize_activations(jc.lift(linear))(jc.pack(jc.quantize(4), PARAMS), X)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
