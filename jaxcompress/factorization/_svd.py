@@ -12,6 +12,7 @@ import numpy as np
 from jaxcompress import _check, arrays, tree
 from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric
+from jaxcompress.factorization._decompose import SVD, Method, check_method, decompose
 from jaxcompress.projections import Projection, number_at, of_leaves
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -55,7 +56,11 @@ class Basis:
 
 
 def low_rank(
-    rank: Numeric | None = None, energy: Numeric | None = None, *, max_rank: int | None = None
+    rank: Numeric | None = None,
+    energy: Numeric | None = None,
+    *,
+    max_rank: int | None = None,
+    method: Method = "auto",
 ) -> Projection:
     r"""The nearest matrix of a given rank: the truncated singular value decomposition.
 
@@ -71,18 +76,23 @@ def low_rank(
             the sum of the *squared* singular values of the leaf. May be traced.
         max_rank: static. The most columns that the structure may hold; by default `rank`
             where that is a Python number, else the full rank.
+        method: static. How the singular vectors are found, see `jc.factorization.svd`. A sketch
+            is taken only where it is much cheaper: of large leaves with a small `max_rank`.
 
     Returns:
         A projection whose structure has a `Basis` per leaf. The error in the Frobenius norm is
         the root of the sum of the dropped squared singular values. A NaN or infinite entry
         makes the whole leaf NaN. Rank 0 gives zeros. All-zero and empty leaves stay as they are.
+        Gradients are those of the projection on the held subspace, finite also where singular
+        values repeat.
 
     Raises:
         ValueError: both or none of `rank` and `energy`, or one out of range; a chosen leaf
             has fewer than two dimensions.
         TypeError: a chosen leaf is not real floating point; raised while tracing.
 
-    Cost: `find` is a thin SVD, O(m n min(m, n)); `project` two products, O(m n r). `pack`
+    Cost: `find` is an `svd`, which one search of `rank` or `energy` under `vmap` shares;
+    `project` two products, O(m n r). `pack`
     gives r (m + n) numbers, and leaves a leaf dense where these are not fewer.
 
     Examples:
@@ -105,6 +115,7 @@ def low_rank(
         )
     if energy is not None:
         _check.numeric("low_rank", "energy", energy, 0, 1)
+    check_method("low_rank", method)
     columns = column_limit("low_rank", rank, max_rank)
     wanted: Numeric = energy if rank is None else rank  # pyright: ignore[reportAssignmentType]
 
@@ -119,9 +130,9 @@ def low_rank(
             left = rows <= width
 
             def vectors(w, knob):
-                u, s, vt = jnp.linalg.svd(_matrix(w), full_matrices=False)
-                q = (u if left else vt.T)[:, :limit]
-                kept = jnp.round(knob) if energy is None else _rank_of_energy(s, knob)
+                found = decompose(jax.lax.stop_gradient(_matrix(w)), limit, method)
+                q = found.u if left else found.vt.T
+                kept = jnp.round(knob) if energy is None else _rank_of_energy(found, knob)
                 # A product, so that NaN is not hidden; the columns beyond the rank are zero.
                 live = jnp.arange(limit, dtype=jnp.float32) < kept
                 return jnp.where(live[None, :], q, 0.0)
@@ -159,11 +170,12 @@ def require_matrix(function: str, path: str, w: jax.Array) -> None:
         )
 
 
-def _rank_of_energy(s: jax.Array, energy: jax.Array) -> jax.Array:
+def _rank_of_energy(found: SVD, energy: jax.Array) -> jax.Array:
     """The smallest rank whose squared singular values hold the fraction of their sum."""
     # Summed from the smallest up, so that the tail is exact where it decides.
-    dropped = jnp.cumsum(jnp.square(s)[::-1])[::-1]
-    total = jnp.sum(jnp.square(s))
+    beyond = jnp.square(found.error)
+    dropped = jnp.cumsum(jnp.square(found.s)[::-1])[::-1] + beyond
+    total = jnp.sum(jnp.square(found.s)) + beyond
     return jnp.sum((dropped > (1.0 - energy) * total).astype(jnp.float32))
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxcompress import _check, arrays, tree
 from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric, PyTree
+from jaxcompress.factorization._decompose import decompose
 from jaxcompress.factorization._svd import column_limit, require_matrix
 from jaxcompress.projections import Reparametrization, number_at
 
@@ -37,7 +38,7 @@ def low_rank_factors(
         ValueError: `rank` below 1; a chosen leaf has fewer than two dimensions.
         TypeError: a chosen leaf is not real floating point.
 
-    Cost: one SVD per leaf in `init`, one product of the factors per step.
+    Cost: one `jc.factorization.svd` per leaf in `init`, one product of the factors per step.
 
     Examples:
         >>> opt = jc.reparametrized(optax.adam(1e-3), jc.low_rank_factors(rank=2))
@@ -70,7 +71,7 @@ def low_rank_factors(
 
 def _balanced(w: jax.Array, rank: jax.Array, *, width: int) -> tuple[jax.Array, jax.Array]:
     matrix = w.reshape(math.prod(w.shape[:-1]), w.shape[-1]).astype(jnp.float32)
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
-    root = jnp.sqrt(s[:width]) * (jnp.arange(width, dtype=jnp.float32) < rank).astype(jnp.float32)
-    u = (u[:, :width] * root[None, :]).reshape(w.shape[:-1] + (width,))
-    return u.astype(w.dtype), (root[:, None] * vt[:width]).astype(w.dtype)
+    u, s, vt, _ = decompose(matrix, width)
+    root = jnp.sqrt(s) * (jnp.arange(width, dtype=jnp.float32) < rank).astype(jnp.float32)
+    u = (u * root[None, :]).reshape(w.shape[:-1] + (width,))
+    return u.astype(w.dtype), (root[:, None] * vt).astype(w.dtype)

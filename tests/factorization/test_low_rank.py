@@ -128,3 +128,33 @@ def test_bad_input(make, kind, text):
         jc.compress(make(), {"w": jnp.ones((4, 4)), "b": jnp.ones(3)})
     with pytest.raises(ValueError, match="rank"):
         jc.low_rank_factors(-1)
+
+
+def test_gradients_are_finite_at_repeated_singular_values():
+    w = jnp.eye(6)
+    c = jnp.asarray(np.random.default_rng(0).normal(size=(6, 6)), jnp.float32)
+    p = jc.low_rank(3)
+    gradient = jax.grad(lambda w: jnp.sum(c * jc.compress(p, {"w": w})["w"]))(w)
+    q = np.asarray(p.find({"w": w})["w"].vectors)
+    np.testing.assert_allclose(gradient, q @ q.T @ np.asarray(c), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["exact", "gram", "randomized"])
+def test_every_method_finds_the_subspace(method):
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(40, 3)) @ rng.normal(size=(3, 60))
+    new = jc.compress(jc.low_rank(3, method=method), {"w": jnp.asarray(w, jnp.float32)})["w"]
+    np.testing.assert_allclose(new, w, atol=2e-5)
+    with pytest.raises(ValueError, match="low_rank: `method`"):
+        jc.low_rank(3, method="fast")  # pyright: ignore[reportArgumentType]
+
+
+def test_one_decomposition_serves_all_ranks():
+    w = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(12, 20)), jnp.float32)}
+    ranks = jnp.array([0, 2, 9])
+    f = jax.vmap(lambda r: jc.compress(jc.low_rank(r), w)["w"])
+    jaxpr = str(jax.make_jaxpr(f)(ranks))
+    assert "eigh" in jaxpr
+    assert "f32[3,12,12] = eigh" not in jaxpr
+    for i, r in enumerate((0, 2, 9)):
+        np.testing.assert_allclose(f(ranks)[i], jc.compress(jc.low_rank(r), w)["w"], atol=1e-5)
