@@ -227,6 +227,15 @@ def orthonormal(y: jax.Array) -> jax.Array:
     return y
 
 
+def rank_of_energy(found: SVD, energy: jax.Array) -> jax.Array:
+    """The smallest rank whose squared singular values hold the fraction of their sum."""
+    # Summed from the smallest up, so that the tail is exact where it decides.
+    beyond = jnp.square(found.error)
+    dropped = jnp.cumsum(jnp.square(found.s)[::-1])[::-1] + beyond
+    total = jnp.sum(jnp.square(found.s)) + beyond
+    return jnp.sum((dropped > (1.0 - energy) * total).astype(jnp.float32))
+
+
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """The matrix product at full precision on every device."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,58 +1,24 @@
 """Truncated SVD as a projection."""
 
-import dataclasses
-import functools
-import math
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxcompress import _check, arrays, tree
+from jaxcompress import _check, tree
 from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric
-from jaxcompress.factorization._decompose import SVD, Method, check_method, decompose
+from jaxcompress.factorization._basis import (
+    Basis,
+    as_matrix,
+    column_limit,
+    is_wide,
+    require_matrix,
+    side_limit,
+)
+from jaxcompress.factorization._basis import as_matrix as _matrix  # noqa: F401
+from jaxcompress.factorization._decompose import Method, check_method, decompose, rank_of_energy
+from jaxcompress.factorization._decompose import product as _product  # noqa: F401
+from jaxcompress.factorization._whitened import whitened_rows
 from jaxcompress.projections import Projection, number_at, of_leaves
-
-_HIGHEST = jax.lax.Precision.HIGHEST
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["vectors"], meta_fields=["left"])
-@dataclasses.dataclass(frozen=True)
-class Basis:
-    """The subspace of a leaf, seen as a matrix of `prod(shape[:-1])` by `shape[-1]`.
-
-    Attributes:
-        vectors: float32, orthonormal singular vectors in the columns; zero columns beyond
-            the rank.
-        left: static. Whether they span columns (left) or rows (right) of the matrix: those
-            of the shorter side.
-    """
-
-    vectors: jax.Array
-    left: bool
-
-    def project(self, w: jax.Array) -> jax.Array:
-        """The orthogonal projection on the subspace, by two thin products."""
-        return automatic(
-            lambda w, q: (
-                _product(*_factors(_matrix(w), q, self.left)).reshape(w.shape).astype(w.dtype)
-            ),
-            w,
-            self.vectors,
-            like_first=True,
-        )
-
-    def pack(self, w: Any, path: str) -> arrays.LowRank:
-        """The two factors, without the columns beyond the rank."""
-        del path
-        dense = arrays.todense(w)
-        vectors = np.asarray(self.vectors)
-        vectors = jnp.asarray(vectors[:, (vectors != 0).any(axis=0)])
-        u, v = _factors(_matrix(dense), vectors, self.left)
-        u = u.reshape(dense.shape[:-1] + u.shape[-1:])
-        return arrays.LowRank(u.astype(dense.dtype), v.astype(dense.dtype))
 
 
 def low_rank(
@@ -91,6 +57,10 @@ def low_rank(
             has fewer than two dimensions.
         TypeError: a chosen leaf is not real floating point; raised while tracing.
 
+    With statistics (`jc.compress(…, stats=jc.calibrate(…, gram=True))`) the outputs change least
+    instead: the whitened decomposition, `energy` is that of the outputs, `method` is exact by
+    default, and `damping` is not needed. See `jc.factorization.weighted_svd`.
+
     Cost: `find` is an `svd`, which one search of `rank` or `energy` under `vmap` shares;
     `project` two products, O(m n r). `pack`
     gives r (m + n) numbers, and leaves a leaf dense where these are not fewer.
@@ -125,14 +95,12 @@ def low_rank(
 
         def leaf(path, w):
             require_matrix("low_rank", path, w)
-            rows, width = math.prod(w.shape[:-1]), w.shape[-1]
-            limit = min(rows, width) if columns is None else min(rows, width, columns)
-            left = rows <= width
+            limit, left = side_limit(w.shape, columns), is_wide(w.shape)
 
             def vectors(w, knob):
-                found = decompose(jax.lax.stop_gradient(_matrix(w)), limit, method)
+                found = decompose(jax.lax.stop_gradient(as_matrix(w)), limit, method)
                 q = found.u if left else found.vt.T
-                kept = jnp.round(knob) if energy is None else _rank_of_energy(found, knob)
+                kept = jnp.round(knob) if energy is None else rank_of_energy(found, knob)
                 # A product, so that NaN is not hidden; the columns beyond the rank are zero.
                 live = jnp.arange(limit, dtype=jnp.float32) < kept
                 return jnp.where(live[None, :], q, 0.0)
@@ -141,53 +109,9 @@ def low_rank(
 
         return tree.map_arrays_with_path(leaf, params)
 
-    return of_leaves(find)
+    def rows(params, *, step=0):
+        knob = number_at(wanted, step).astype(jnp.float32)
+        tree.map_arrays_with_path(lambda path, w: require_matrix("low_rank", path, w), params)
+        return whitened_rows(params, knob, energy is not None, columns, method)
 
-
-def column_limit(function: str, rank: Numeric | None, max_rank: int | None) -> int | None:
-    """How many columns to hold: `max_rank`, else a static rank, else all of them (None)."""
-    if rank is not None:
-        _check.numeric(function, "rank", rank, 0)
-    if max_rank is not None:
-        _check.integer(function, "max_rank", max_rank, 0)
-        return int(max_rank)
-    return round(float(rank)) if isinstance(rank, (int, float, np.number)) else None
-
-
-def require_matrix(function: str, path: str, w: jax.Array) -> None:
-    """Refuses leaves that can't be seen as a matrix of floats."""
-    _check.floating(function, "params", w, path)
-    if w.ndim < 2:
-        raise ValueError(
-            _check.message(
-                function,
-                "params",
-                "have leaves of two or more dimensions",
-                _check.describe(w),
-                "Choose other leaves with jc.masked(p, where).",
-                path=path,
-            )
-        )
-
-
-def _rank_of_energy(found: SVD, energy: jax.Array) -> jax.Array:
-    """The smallest rank whose squared singular values hold the fraction of their sum."""
-    # Summed from the smallest up, so that the tail is exact where it decides.
-    beyond = jnp.square(found.error)
-    dropped = jnp.cumsum(jnp.square(found.s)[::-1])[::-1] + beyond
-    total = jnp.sum(jnp.square(found.s)) + beyond
-    return jnp.sum((dropped > (1.0 - energy) * total).astype(jnp.float32))
-
-
-def _matrix(w: jax.Array) -> jax.Array:
-    return w.reshape(math.prod(w.shape[:-1]), w.shape[-1]).astype(jnp.float32)
-
-
-def _factors(matrix: jax.Array, q: jax.Array, left: bool) -> tuple[jax.Array, jax.Array]:
-    if left:
-        return q, jnp.matmul(q.T, matrix, precision=_HIGHEST)
-    return jnp.matmul(matrix, q, precision=_HIGHEST), q.T
-
-
-def _product(u: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.matmul(u, v, precision=_HIGHEST)
+    return of_leaves(find, rows=rows)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jaxcompress import _check, arrays, tree
 from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric, PyTree
+from jaxcompress.factorization._basis import column_limit, require_matrix
 from jaxcompress.factorization._decompose import decompose
-from jaxcompress.factorization._svd import column_limit, require_matrix
 from jaxcompress.projections import Reparametrization, number_at
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxcompress import _check
 from jaxcompress._types import Numeric
+from jaxcompress.factorization._basis import column_limit
 from jaxcompress.factorization._decompose import (
     Method,
     check_method,
@@ -15,7 +16,6 @@ from jaxcompress.factorization._decompose import (
     product,
     wide,
 )
-from jaxcompress.factorization._svd import column_limit
 
 
 class WeightedSVD(NamedTuple):
@@ -149,7 +149,7 @@ def _check_arguments(w, left, right, left_offset) -> None:
                 raise ValueError(_check.message("weighted_svd", name, rule, float(lowest)))
 
 
-class _Root(NamedTuple):
+class Root(NamedTuple):
     """L with `L.T @ L` the weight, `diag(side) @ vectors @ diag(root)`, transposed.
 
     Attributes:
@@ -191,19 +191,20 @@ def _reciprocal(x: jax.Array) -> jax.Array:
     return jnp.where(live, 1 / jnp.where(live, x, jnp.ones_like(x)), jnp.where(jnp.isnan(x), x, 0))
 
 
-def _root(weight: jax.Array, offset: jax.Array | None) -> _Root:
+def root_of(weight: jax.Array, offset: jax.Array | None = None) -> Root:
+    """Of a diagonal `[k]`, or of a positive semidefinite matrix `[k, k]`."""
     if weight.ndim == 1:
-        return _Root(jnp.sqrt(weight), None, jnp.ones_like(weight), offset)
+        return Root(jnp.sqrt(weight), None, jnp.ones_like(weight), offset)
     side = jnp.sqrt(jnp.maximum(jnp.diagonal(weight), 0.0))
     inverse = jnp.where(side > 0, 1 / jnp.where(side > 0, side, jnp.ones_like(side)), 0.0)
     values, vectors = jnp.linalg.eigh(weight * inverse[:, None] * inverse[None, :])
-    return _Root(side, vectors, jnp.sqrt(jnp.maximum(values, 0.0)), offset)
+    return Root(side, vectors, jnp.sqrt(jnp.maximum(values, 0.0)), offset)
 
 
 def _factors(w, rank, left, right, offset, columns: int | None, method: Method) -> WeightedSVD:
     width = min(w.shape) if columns is None else min(*w.shape, columns)
-    rows = None if left is None else _root(left, offset)
-    cols = None if right is None else _root(right, None)
+    rows = None if left is None else root_of(left, offset)
+    cols = None if right is None else root_of(right)
     weighted = w if rows is None else rows.times(w)
     weighted = weighted if cols is None else cols.times(weighted.T).T
     found = decompose(weighted, width if method in ("auto", "randomized") else None, method)

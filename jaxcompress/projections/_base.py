@@ -218,7 +218,7 @@ def rows_of(projection: Projection, params: PyTree, step: Any) -> PyTree:
                 "projection",
                 "project rows one by one to be taken with `stats`",
                 "one that can't",
-                "jc.prune, jc.quantize, jc.pruning.from_masks and jc.chain, jc.masked, "
+                "jc.prune, jc.quantize, jc.low_rank, jc.pruning.from_masks and jc.chain, jc.masked, "
                 "jc.partition and jc.scheduled of them can. Take them out of jc.every.",
             )
         )

@@ -54,6 +54,8 @@ class Rows(NamedTuple):
         otherwise: `() -> Rows`, for leaves whose rows can't be taken in groups one after the
             other, since they are in another order, or lie along another axis. None: they must.
         features: from the paths of some leaves to the features that `data` was found in.
+        whole: `(path, w, gram, layout) -> (w, chosen)`, of leaves that are projected as a whole
+            instead of row by row, as those of low rank: `rule` is not used then.
     """
 
     rule: RowRule
@@ -62,3 +64,4 @@ class Rows(NamedTuple):
     structure: Callable[[str, Any], Any] | None = None
     otherwise: "Callable[[], Rows] | None" = None
     features: Mapping[str, Features] | None = None
+    whole: Callable[[str, jax.Array, jax.Array, Any], tuple[jax.Array, Any]] | None = None

@@ -77,16 +77,29 @@ def solve(
     """The new leaf of each path in `uses`."""
     leaves = {path: w for path, w in tree.leaves_with_paths(params) if path in uses}
     batches: dict[Any, list[_Job]] = {}
+    new = {}
     for path, (layout, several) in layouts(function, stats, leaves).items():
         gram = gram_of(function, path, several, layout)
+        if any(rows.whole for rows in uses[path]):
+            new[path] = _whole_leaf(function, path, leaves[path], gram, layout, uses[path])
+            continue
         job = _job(function, path, leaves[path], layout, gram, uses[path], how)
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (job.w, job.data))
         key = (tuple(id(rows.rule) for rows in job.uses), str(shapes))
         batches.setdefault(key, []).append(job)
-    new = {}
     for jobs in batches.values():
         new.update(_solved(jobs, how))
     return new
+
+
+def _whole_leaf(function, path: str, w: jax.Array, gram, layout: Layout, uses: list[Rows]):
+    """A leaf that one rule projects as a whole."""
+    if len(uses) > 1 or uses[0].whole is None or uses[0].features:
+        rule = "project a leaf of low rank by that alone where there are statistics"
+        got, fix = "a chain", "Call jc.compress for one after the other."
+        raise ValueError(_check.message(function, "projection", rule, got, fix, path=path))
+    new, chosen = uses[0].whole(path, w, gram, layout)
+    return Solved(new, [chosen])
 
 
 def _is_rows(x: Any) -> bool:

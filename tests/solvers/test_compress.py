@@ -372,7 +372,7 @@ def test_without_statistics_it_is_the_nearest_in_weights():
 @pytest.mark.parametrize(
     ("p", "change", "text"),
     [
-        (jc.low_rank(2), {}, "compress: `projection` must project rows one by one"),
+        (jc.cluster(4), {}, "compress: `projection` must project rows one by one"),
         (jc.every(2, jc.prune(0.5)), {}, "compress: `projection` must project rows one by one"),
         (jc.prune(0.5), {"only": "a/*"}, r"none of \['b/kernel', 'c/kernel'\]"),
         (jc.prune(0.5), {"gram": False}, "hold Gram matrices, .* at 'a/kernel'. Call jc.calib"),
