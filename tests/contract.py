@@ -350,6 +350,30 @@ TRANSFORMATIONS = {
         ("proximal",),
         tolerance=1e-5,
     ),
+    "nuclear_norm": Row(
+        lambda strength=0.1: optax.chain(
+            _inner(), jc.proximal(jc.factorization.nuclear_norm, strength)
+        ),
+        {"strength": [0.0, 0.1]},
+        ("proximal",),
+        tolerance=1e-5,
+    ),
+    "rank_threshold": Row(
+        lambda strength=0.1: optax.chain(
+            _inner(), jc.proximal(jc.factorization.singular_value_hard_threshold, strength)
+        ),
+        {"strength": [0.0, 0.1]},
+        ("proximal",),
+        tolerance=1e-5,
+    ),
+    "galore": Row(
+        lambda rank=2, every=2, scale=1.0: jc.factorization.galore(
+            _inner(), rank, every, scale, max_rank=3
+        ),
+        {"rank": [1, 2, 3], "every": [1, 2], "scale": [0.5, 1.0]},
+        ("galore",),
+        tolerance=1e-5,
+    ),
     "powerpropagation": Row(
         lambda power=2.0: jc.reparametrized(_inner(), jc.pruning.powerpropagation(power)),
         {"power": [1.0, 2.5]},

@@ -14,9 +14,7 @@ from jaxcompress.factorization._basis import (
     require_matrix,
     side_limit,
 )
-from jaxcompress.factorization._basis import as_matrix as _matrix  # noqa: F401
 from jaxcompress.factorization._decompose import Method, check_method, decompose, rank_of_energy
-from jaxcompress.factorization._decompose import product as _product  # noqa: F401
 from jaxcompress.factorization._whitened import whitened_rows
 from jaxcompress.projections import Projection, number_at, of_leaves
 

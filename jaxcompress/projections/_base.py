@@ -218,8 +218,8 @@ def rows_of(projection: Projection, params: PyTree, step: Any) -> PyTree:
                 "projection",
                 "project rows one by one to be taken with `stats`",
                 "one that can't",
-                "jc.prune, jc.quantize, jc.low_rank, jc.pruning.from_masks and jc.chain, jc.masked, "
-                "jc.partition and jc.scheduled of them can. Take them out of jc.every.",
+                "jc.prune, jc.quantize, jc.low_rank, jc.pruning.from_masks and jc.chain, "
+                "jc.masked, jc.partition and jc.scheduled of them can. Take them out of jc.every.",
             )
         )
     return projection.rows(params, step=step)
