@@ -1,6 +1,7 @@
 """Truncated singular value decompositions: exact, by the smaller Gram matrix, or randomized."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -146,64 +147,93 @@ def decompose(
         method = "gram"  # of the whole space
     # Squares of the entries must stay within the range.
     largest = jnp.max(jnp.abs(w), axis=(-2, -1), keepdims=True)
-    unit = w / jnp.where(largest > 0, largest, jnp.ones_like(largest))
-    random, rest = method == "randomized", jnp.zeros((*w.shape[:-2], 0), w.dtype)
+    scale = 1 / jnp.where(largest > 0, largest, jnp.ones_like(largest))
+    rest = jnp.zeros((*w.shape[:-2], 0), w.dtype)
     if method == "exact":
-        u, s, vt = jnp.linalg.svd(unit, full_matrices=False)
+        u, s, vt = jnp.linalg.svd(w * scale, full_matrices=False)
         u, s, vt, rest = u[..., :r], s[..., :r], vt[..., :r, :], s[..., r:]
-    elif m > n:
-        basis = _basis(_t(unit), columns, iterations, krylov, key) if random else None
-        v, s, ut = _leading(_t(unit), r, basis)
-        u, vt = _t(ut), _t(v)
     else:
-        basis = _basis(unit, columns, iterations, krylov, key) if random else None
-        u, s, vt = _leading(unit, r, basis)
+        products, sides = _products(w, scale, turned=m > n), tuple(sorted((m, n)))
+        if method == "gram":
+            u, s, vt = _leading(_t(w * scale) if m > n else w * scale, r)
+        else:
+            basis = _basis(products, sides, w.dtype, columns, iterations, krylov, key)
+            u, s, vt = _leading(_t(products.back(basis)), r)
+            u = product(basis, u)
+        u, vt = (_t(vt), _t(u)) if m > n else (u, vt)
     sound = jnp.isfinite(largest)
     u, vt = (jnp.where(sound, x, jnp.nan) for x in (u, vt))
     s = jnp.where(sound[..., 0], s, jnp.nan)
     if method == "exact" or r == full:
         left = jnp.sum(jnp.square(rest), axis=-1)
     else:
-        left = jnp.square(_norm(unit)) - jnp.sum(jnp.square(s), axis=-1)
+        left = jnp.square(_norm(w * scale)) - jnp.sum(jnp.square(s), axis=-1)
     error = jnp.sqrt(jnp.maximum(left, 0.0)) * largest[..., 0, 0]
     return SVD(u, s * largest[..., 0], vt, error)
 
 
-def _leading(w: jax.Array, r: int, basis: jax.Array | None):
-    """The triplets of a matrix with at most as many rows as columns, those within the basis."""
-    small = w if basis is None else product(_t(basis), w)
-    _, vectors = jnp.linalg.eigh(product(small, _t(small)))
+class _Products(NamedTuple):
+    """A matrix times columns, and its transpose times columns."""
+
+    ahead: Callable[[jax.Array], jax.Array]
+    back: Callable[[jax.Array], jax.Array]
+
+
+def _products(w: jax.Array, scale: jax.Array, turned: bool) -> _Products:
+    """Those of `scale * w`, or of its transpose."""
+
+    def right(z):
+        return product(w, z * scale)
+
+    def left(y):
+        # On CPU a product whose left side is read transposed takes twice as long.
+        return _t(product(jax.lax.optimization_barrier(_t(y * scale)), w))
+
+    return _Products(left, right) if turned else _Products(right, left)
+
+
+def _leading(w: jax.Array, r: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The triplets of a matrix with at most as many rows as columns."""
+    _, vectors = jnp.linalg.eigh(product(w, _t(w)))
     u = vectors[..., ::-1][..., :r]
-    rows = product(_t(u), small)
+    rows = product(_t(u), w)
     s = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1))
     # The eigenvalues order them up to rounding, but the norms are what they are.
     order = jnp.argsort(-s, axis=-1)
     s = jnp.take_along_axis(s, order, -1)
     u = jnp.take_along_axis(u, order[..., None, :], -1)
     rows = jnp.take_along_axis(rows, order[..., None], -2)
-    vt = rows / jnp.where(s > 0, s, jnp.ones_like(s))[..., None]
-    return (u if basis is None else product(basis, u)), s, vt
+    return u, s, rows / jnp.where(s > 0, s, jnp.ones_like(s))[..., None]
 
 
-def _basis(w: jax.Array, columns: int, iterations: int, krylov: bool, key) -> jax.Array:
+def _basis(
+    products: _Products,
+    shape: tuple[int, ...],
+    dtype: Any,
+    columns: int,
+    iterations: int,
+    krylov: bool,
+    key: jax.Array | None,
+) -> jax.Array:
     """An orthonormal basis that holds the leading left singular vectors almost entirely."""
     key = jax.random.key(0) if key is None else key
-    columns = min(columns, w.shape[-2])
+    m, n = shape
+    columns = min(columns, m)
     block = -(-columns // (iterations + 1)) if krylov else columns
     keys = jax.random.split(key, iterations + 1)
 
     def draw(i):
-        return jax.random.normal(keys[i], (w.shape[-1], block), w.dtype)
+        return jax.random.normal(keys[i], (n, block), dtype)
 
-    basis = last = orthonormal(product(w, draw(0)))
+    basis = last = orthonormal(products.ahead(draw(0)))
     for i in range(iterations):
-        z = orthonormal(product(_t(w), last))
+        z = orthonormal(products.back(last))
         if not krylov:
-            last = basis = orthonormal(product(w, z))
+            last = basis = orthonormal(products.ahead(z))
             continue
         # Equal singular values exhaust the space; a little of a new sketch then goes on.
-        fresh = draw(i + 1) * (_FRESH / math.sqrt(w.shape[-1]))
-        y = product(w, z + jnp.broadcast_to(fresh, z.shape))
+        fresh = draw(i + 1) * (_FRESH / math.sqrt(n))
+        y = products.ahead(z + jnp.broadcast_to(fresh, z.shape))
         size = jnp.linalg.norm(y, axis=-2, keepdims=True)
         y = y - product(basis, product(_t(basis), y))
         new = jnp.linalg.norm(y, axis=-2, keepdims=True) > _NOISE * jnp.finfo(y.dtype).eps * size
