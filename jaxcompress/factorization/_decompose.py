@@ -153,7 +153,7 @@ def decompose(
         u, s, vt = jnp.linalg.svd(w * scale, full_matrices=False)
         u, s, vt, rest = u[..., :r], s[..., :r], vt[..., :r, :], s[..., r:]
     else:
-        products, sides = _products(w, scale, turned=m > n), tuple(sorted((m, n)))
+        products, sides = _products(w, scale, turned=m > n), (*w.shape[:-2], full, max(m, n))
         if method == "gram":
             u, s, vt = _leading(_t(w * scale) if m > n else w * scale, r)
         else:
@@ -217,13 +217,14 @@ def _basis(
 ) -> jax.Array:
     """An orthonormal basis that holds the leading left singular vectors almost entirely."""
     key = jax.random.key(0) if key is None else key
-    m, n = shape
+    *stack, m, n = shape
     columns = min(columns, m)
     block = -(-columns // (iterations + 1)) if krylov else columns
     keys = jax.random.split(key, iterations + 1)
 
     def draw(i):
-        return jax.random.normal(keys[i], (n, block), dtype)
+        one = jax.random.normal(keys[i], (n, block), dtype)
+        return jnp.broadcast_to(one, (*stack, n, block))
 
     basis = last = orthonormal(products.ahead(draw(0)))
     for i in range(iterations):
@@ -232,8 +233,7 @@ def _basis(
             last = basis = orthonormal(products.ahead(z))
             continue
         # Equal singular values exhaust the space; a little of a new sketch then goes on.
-        fresh = draw(i + 1) * (_FRESH / math.sqrt(n))
-        y = products.ahead(z + jnp.broadcast_to(fresh, z.shape))
+        y = products.ahead(z + draw(i + 1) * (_FRESH / math.sqrt(n)))
         size = jnp.linalg.norm(y, axis=-2, keepdims=True)
         y = y - product(basis, product(_t(basis), y))
         new = jnp.linalg.norm(y, axis=-2, keepdims=True) > _NOISE * jnp.finfo(y.dtype).eps * size
