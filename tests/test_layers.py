@@ -8,7 +8,7 @@ import jaxcompress
 ROOT = pathlib.Path(jaxcompress.__file__).parent
 # From the bottom up; a room may import its own and any lower level.
 LEVELS = [
-    {"_types"},
+    {"_types", "_dtypes"},
     {"_check", "_keys"},
     {"_sharding"},
     {"tree"},

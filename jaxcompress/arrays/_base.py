@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxcompress import _check
 from jaxcompress._types import PyTree
@@ -84,11 +83,6 @@ def todense(tree: PyTree) -> PyTree:
     return jax.tree.map(
         lambda x: x.todense() if is_array_like(x) else x, tree, is_leaf=is_array_like
     )
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """A floating-point array in float32 where it is narrower."""
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
 
 
 def require_concrete(function: str, argument: str, *arrays: Any) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import _check
-from jaxcompress.arrays import _base
+from jaxcompress._dtypes import wide
 
 # The factor that is no power of two is multiplied as a matrix; larger ones are not looked for.
 _LARGEST_FACTOR = 512
@@ -64,7 +64,7 @@ def hadamard(
         rule = f"divide the {length} entries of the axis and be a known order"
         fix = f"The largest is {hadamard_order(length)}."
         raise ValueError(_check.message("hadamard", "order", rule, order, fix))
-    y = jnp.moveaxis(_base.wide(x), axis, -1)
+    y = jnp.moveaxis(wide(x), axis, -1)
     shape, rest, lead = y.shape, order, y.size // order
     for factor in _factors(order):
         size = factor.shape[0]

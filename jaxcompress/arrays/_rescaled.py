@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcompress._dtypes import wide
 from jaxcompress.arrays import _base
 
 
@@ -45,10 +46,10 @@ class Rescaled(_base.Sized):
 
 def rescale(x: jax.Array, scale: jax.Array) -> jax.Array:
     """The product with a factor of the same rank, in float32 or wider."""
-    x = _base.wide(x)
+    x = wide(x)
     return x * scale.astype(x.dtype)
 
 
 def wide_dense(x: Any) -> jax.Array:
     """A part made dense: an array, a compressed array, or a view of one."""
-    return _base.wide(x.todense() if hasattr(type(x), "todense") else x)
+    return wide(x.todense() if hasattr(type(x), "todense") else x)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from jaxcompress import _sharding
+from jaxcompress._dtypes import wide
 from jaxcompress.arrays import _base
 from jaxcompress.arrays._hadamard import hadamard
 from jaxcompress.arrays._rescaled import wide_dense
@@ -67,7 +68,7 @@ def rotate(x: jax.Array, signs: jax.Array, axis: int, order: int) -> jax.Array:
     """
 
     def f(x, signs):
-        x = _base.wide(x)
+        x = wide(x)
         return hadamard(x * _along(signs, x, axis), axis=axis, order=order)
 
     return _sharding.automatic(f, x, signs, like_first=True)
@@ -77,7 +78,7 @@ def rotate_back(x: jax.Array, signs: jax.Array, axis: int, order: int) -> jax.Ar
     r""":math:`R^\top x`, the inverse of `rotate`."""
 
     def f(x, signs):
-        x = hadamard(_base.wide(x), axis=axis, order=order, transpose=True)
+        x = hadamard(wide(x), axis=axis, order=order, transpose=True)
         return x * _along(signs, x, axis)
 
     return _sharding.automatic(f, x, signs, like_first=True)

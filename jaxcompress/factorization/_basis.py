@@ -12,7 +12,8 @@ import numpy as np
 from jaxcompress import _check, arrays
 from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric
-from jaxcompress.factorization._decompose import product
+from jaxcompress.factorization._decompose import SVD, product
+from jaxcompress.factorization._ranks import rank_of_energy
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["vectors"], meta_fields=["left"])
@@ -60,6 +61,15 @@ def column_limit(function: str, rank: Numeric | None, max_rank: int | None) -> i
         _check.integer(function, "max_rank", max_rank, 0)
         return int(max_rank)
     return round(float(rank)) if isinstance(rank, (int, float, np.number)) else None
+
+
+def kept_columns(q: jax.Array, found: SVD, knob: jax.Array, energy: bool) -> jax.Array:
+    """Singular vectors up to a rank, or to that which holds an energy; zeros beyond it."""
+    kept = jnp.round(knob)
+    if energy:
+        kept = rank_of_energy(found.s, knob, found.error).astype(jnp.float32)
+    live = jnp.arange(q.shape[1], dtype=jnp.float32) < kept
+    return jnp.where(live[None, :], q, 0.0)
 
 
 def is_wide(shape: tuple[int, ...]) -> bool:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import _check
+from jaxcompress._dtypes import wide
 
 Method = Literal["auto", "exact", "gram", "randomized"]
 
@@ -18,6 +19,20 @@ _SMALL = 512
 _FEWEST_EXTRA = 8
 _FRESH = 1e-4  # of a new sketch, in each block
 _NOISE = 16  # roundings that are no direction
+
+
+class Sketch(NamedTuple):
+    """The options of a randomized decomposition, as `svd` takes them."""
+
+    oversampling: int | None = None
+    iterations: int = 3
+    krylov: bool = True
+    key: jax.Array | None = None
+
+    def columns(self, rank: int) -> int:
+        """Of the basis."""
+        extra = max(3 * rank // 2 if self.krylov else rank // 2, _FEWEST_EXTRA)
+        return rank + (extra if self.oversampling is None else self.oversampling)
 
 
 class SVD(NamedTuple):
@@ -107,7 +122,8 @@ def svd(
     _check.integer("svd", "iterations", iterations, 0)
     if key is not None:
         _check.key("svd", key)
-    return decompose(wide(w), rank, method, oversampling, iterations, krylov, key)
+    sketch = Sketch(oversampling, iterations, krylov, key)
+    return decompose(wide(w), rank, method, sketch)
 
 
 def check_method(function: str, method: Any) -> None:
@@ -117,20 +133,11 @@ def check_method(function: str, method: Any) -> None:
         raise ValueError(_check.message(function, "method", rule, got))
 
 
-def wide(w: Any) -> jax.Array:
-    """In float32, or in float64 if it is that already."""
-    w = jnp.asarray(w)
-    return w if w.dtype.itemsize > 4 else w.astype(jnp.float32)
-
-
 def decompose(
     w: jax.Array,
     rank: int | None,
     method: Method = "auto",
-    oversampling: int | None = None,
-    iterations: int = 3,
-    krylov: bool = True,
-    key: jax.Array | None = None,
+    sketch: Sketch = Sketch(),  # noqa: B008
 ) -> SVD:
     """`svd` of a float32 or float64 array, unchecked."""
     (m, n), full = w.shape[-2:], min(w.shape[-2:])
@@ -139,8 +146,7 @@ def decompose(
         zeros = jnp.zeros((*w.shape[:-2], r), w.dtype)
         u, vt = jnp.zeros((*w.shape[:-1], r), w.dtype), jnp.zeros((*w.shape[:-2], r, n), w.dtype)
         return SVD(u, zeros, vt, _norm(w))
-    extra = max(3 * r // 2 if krylov else r // 2, _FEWEST_EXTRA)
-    columns = r + (extra if oversampling is None else oversampling)
+    columns = sketch.columns(r)
     if method == "auto":
         method = "randomized" if full >= _SMALL and 3 * columns <= full else "gram"
     elif method == "randomized" and columns >= full:
@@ -153,14 +159,15 @@ def decompose(
         u, s, vt = jnp.linalg.svd(w * scale, full_matrices=False)
         u, s, vt, rest = u[..., :r], s[..., :r], vt[..., :r, :], s[..., r:]
     else:
-        products, sides = _products(w, scale, turned=m > n), (*w.shape[:-2], full, max(m, n))
+        tall = m > n
         if method == "gram":
-            u, s, vt = _leading(_t(w * scale) if m > n else w * scale, r)
+            u, s, vt = _leading(_t(w * scale) if tall else w * scale, r)
         else:
-            basis = _basis(products, sides, w.dtype, columns, iterations, krylov, key)
+            products = _products(w, scale, tall)
+            basis = _basis(products, (*w.shape[:-2], full, max(m, n)), w.dtype, columns, sketch)
             u, s, vt = _leading(_t(products.back(basis)), r)
             u = product(basis, u)
-        u, vt = (_t(vt), _t(u)) if m > n else (u, vt)
+        u, vt = (_t(vt), _t(u)) if tall else (u, vt)
     sound = jnp.isfinite(largest)
     u, vt = (jnp.where(sound, x, jnp.nan) for x in (u, vt))
     s = jnp.where(sound[..., 0], s, jnp.nan)
@@ -207,18 +214,12 @@ def _leading(w: jax.Array, r: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def _basis(
-    products: _Products,
-    shape: tuple[int, ...],
-    dtype: Any,
-    columns: int,
-    iterations: int,
-    krylov: bool,
-    key: jax.Array | None,
+    products: _Products, shape: tuple[int, ...], dtype: Any, columns: int, sketch: Sketch
 ) -> jax.Array:
     """An orthonormal basis that holds the leading left singular vectors almost entirely."""
-    key = jax.random.key(0) if key is None else key
-    *stack, m, n = shape
-    columns = min(columns, m)
+    key = jax.random.key(0) if sketch.key is None else sketch.key
+    *stack, _, n = shape
+    krylov, iterations = sketch.krylov, sketch.iterations
     block = -(-columns // (iterations + 1)) if krylov else columns
     keys = jax.random.split(key, iterations + 1)
 
@@ -255,15 +256,6 @@ def orthonormal(y: jax.Array) -> jax.Array:
         root = jnp.where(values > noise, jax.lax.rsqrt(jnp.maximum(values, noise)), 0.0)
         y = product(y, inverse[..., None] * vectors * root[..., None, :])
     return y
-
-
-def rank_of_energy(found: SVD, energy: jax.Array) -> jax.Array:
-    """The smallest rank whose squared singular values hold the fraction of their sum."""
-    # Summed from the smallest up, so that the tail is exact where it decides.
-    beyond = jnp.square(found.error)
-    dropped = jnp.cumsum(jnp.square(found.s)[::-1])[::-1] + beyond
-    total = jnp.sum(jnp.square(found.s)) + beyond
-    return jnp.sum((dropped > (1.0 - energy) * total).astype(jnp.float32))
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:

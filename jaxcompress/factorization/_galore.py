@@ -20,7 +20,7 @@ from jaxcompress.factorization._basis import (
     require_matrix,
     side_limit,
 )
-from jaxcompress.factorization._decompose import product
+from jaxcompress.factorization._decompose import decompose, product
 from jaxcompress.projections import number_at
 from jaxcompress.projections._due import found_when
 from jaxcompress.projections._optax import _optimizer
@@ -153,12 +153,8 @@ def _found(g: Any, basis: Any, kept: jax.Array) -> Any:
         return basis
 
     def vectors(g, old, kept):
-        matrix = as_matrix(g)
-        # Squares of small gradients must stay in the range of float32.
-        top = jnp.max(jnp.abs(matrix), initial=0.0)
-        matrix = matrix * (1 / jnp.where(top > 0, top, 1.0))
-        gram = product(matrix, matrix.T) if basis.left else product(matrix.T, matrix)
-        new = jnp.linalg.eigh(gram)[1][:, ::-1][:, : old.shape[1]]
+        found = decompose(as_matrix(g), old.shape[1], "gram")
+        new = found.u if basis.left else found.vt.T
         # Moments outlive the subspace: an arbitrary sign would turn them around.
         new = jnp.where(jnp.sum(new * old, axis=0)[None, :] < 0, -new, new)
         live = jnp.arange(old.shape[1], dtype=jnp.float32) < kept

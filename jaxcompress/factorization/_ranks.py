@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import _check
+from jaxcompress._dtypes import wide
 from jaxcompress._types import ArrayLike
 
 
@@ -40,11 +41,7 @@ def energy_rank(s: jax.Array, energy: ArrayLike) -> jax.Array:
     """
     x = checked_values("energy_rank", s)
     _check.number("energy_rank", "energy", energy, 0, 1)
-    x = x / unit_of(largest(x))
-    # Summed from the smallest up, so that the tail is exact where it decides.
-    dropped = jnp.cumsum(jnp.square(x)[..., ::-1], axis=-1)[..., ::-1]
-    allowed = (1.0 - scalar(energy, x)) * dropped[..., :1]
-    return count_above(dropped, allowed)
+    return rank_of_energy(x, scalar(energy, x), jnp.zeros(x.shape[:-1], x.dtype))
 
 
 def numerical_rank(
@@ -154,14 +151,22 @@ def effective_rank(s: jax.Array) -> jax.Array:
     return jnp.where(some, jnp.exp(entropy), 0.0)
 
 
+def rank_of_energy(s: jax.Array, energy: jax.Array, error: jax.Array) -> jax.Array:
+    """`energy_rank`, unchecked, of the first singular values; the root of the rest is `error`."""
+    unit = unit_of(largest(s))
+    x, beyond = s / unit, jnp.square(error[..., None] / unit)
+    # Summed from the smallest up, so that the tail is exact where it decides.
+    dropped = jnp.cumsum(jnp.square(x)[..., ::-1], axis=-1)[..., ::-1] + beyond
+    return count_above(dropped, (1.0 - energy) * dropped[..., :1])
+
+
 def checked_values(function: str, s: jax.Array) -> jax.Array:
     """Singular values in float32 or wider."""
     _check.floating(function, "s", s)
     if s.ndim == 0:
         rule = "have the singular values along its last axis"
         raise ValueError(_check.message(function, "s", rule, _check.describe(s)))
-    x = jnp.asarray(s)
-    return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+    return wide(s)
 
 
 def checked_sides(

@@ -11,10 +11,11 @@ from jaxcompress.factorization._basis import (
     as_matrix,
     column_limit,
     is_wide,
+    kept_columns,
     require_matrix,
     side_limit,
 )
-from jaxcompress.factorization._decompose import Method, check_method, decompose, rank_of_energy
+from jaxcompress.factorization._decompose import Method, check_method, decompose
 from jaxcompress.factorization._whitened import whitened_rows
 from jaxcompress.projections import Projection, number_at, of_leaves
 
@@ -98,10 +99,7 @@ def low_rank(
             def vectors(w, knob):
                 found = decompose(jax.lax.stop_gradient(as_matrix(w)), limit, method)
                 q = found.u if left else found.vt.T
-                kept = jnp.round(knob) if energy is None else rank_of_energy(found, knob)
-                # A product, so that NaN is not hidden; the columns beyond the rank are zero.
-                live = jnp.arange(limit, dtype=jnp.float32) < kept
-                return jnp.where(live[None, :], q, 0.0)
+                return kept_columns(q, found, knob, energy is not None)
 
             return Basis(automatic(vectors, w, knob, like_first=False), left)
 

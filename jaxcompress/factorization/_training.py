@@ -1,7 +1,6 @@
 """Training the factors of low-rank weights."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jaxcompress import _check, arrays, tree
 from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric, PyTree
-from jaxcompress.factorization._basis import column_limit, require_matrix
+from jaxcompress.factorization._basis import as_matrix, column_limit, require_matrix, side_limit
 from jaxcompress.factorization._decompose import decompose
 from jaxcompress.projections import Reparametrization, number_at
 
@@ -58,8 +57,7 @@ def low_rank_factors(
             if not is_chosen:
                 return jnp.asarray(w) if hasattr(w, "dtype") else w
             require_matrix("low_rank_factors", path, w)
-            full = min(math.prod(w.shape[:-1]), w.shape[-1])
-            width = full if columns is None else min(full, columns)
+            width = side_limit(w.shape, columns)
             kept = jnp.round(number_at(rank, 0).astype(jnp.float32))
             u, v = automatic(functools.partial(_balanced, width=width), w, kept, like_first=False)
             return arrays.LowRank(u, v)
@@ -70,8 +68,7 @@ def low_rank_factors(
 
 
 def _balanced(w: jax.Array, rank: jax.Array, *, width: int) -> tuple[jax.Array, jax.Array]:
-    matrix = w.reshape(math.prod(w.shape[:-1]), w.shape[-1]).astype(jnp.float32)
-    u, s, vt, _ = decompose(matrix, width)
+    u, s, vt, _ = decompose(as_matrix(w), width)
     root = jnp.sqrt(s) * (jnp.arange(width, dtype=jnp.float32) < rank).astype(jnp.float32)
     u = (u * root[None, :]).reshape(w.shape[:-1] + (width,))
     return u.astype(w.dtype), (root[:, None] * vt).astype(w.dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import _check
+from jaxcompress._dtypes import wide
 from jaxcompress._types import Numeric
 from jaxcompress.factorization._basis import column_limit
 from jaxcompress.factorization._decompose import (
@@ -14,7 +15,6 @@ from jaxcompress.factorization._decompose import (
     check_method,
     decompose,
     product,
-    wide,
 )
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxcompress import _check, tree
 from jaxcompress._types import PyTree
-from jaxcompress.factorization._basis import Basis, as_matrix, is_wide, side_limit
-from jaxcompress.factorization._decompose import Method, decompose, product, rank_of_energy
+from jaxcompress.factorization._basis import Basis, as_matrix, is_wide, kept_columns, side_limit
+from jaxcompress.factorization._decompose import Method, decompose, product
 from jaxcompress.factorization._weighted import root_of
 from jaxcompress.projections import RowRule, Rows
 
@@ -52,14 +52,13 @@ def _solved(w, gram, knob, energy: bool, layout: Any, limit: int, method: Method
     # Nearly dependent inputs need all digits of it.
     found = decompose(a, limit, "exact" if method == "auto" else method)
     q = found.vt.T if on_rows else found.u
-    kept = rank_of_energy(found, knob) if energy else jnp.round(knob)
-    live = jnp.arange(limit, dtype=jnp.float32) < kept
-    q = jnp.where(live[None, :], q, 0.0)
+    q = kept_columns(q, found, knob, energy)
     new = product(product(matrix, q), q.T) if on_rows else product(q, product(q.T, matrix))
     if on_rows == wide:
         # The subspace of the new leaf on its shorter side, as `find` gives it.
         other = decompose(new, limit, "gram")
-        q = jnp.where(live[None, :], other.u if wide else other.vt.T, 0.0)
+        live = jnp.any(q != 0, axis=0)[None, :]
+        q = jnp.where(live, other.u if wide else other.vt.T, 0.0)
     return new.reshape(w.shape).astype(w.dtype), Basis(q, wide)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check
+from jaxcompress._dtypes import wide
 from jaxcompress._sharding import place_like
 from jaxcompress._types import ArrayLike
 
@@ -135,8 +136,7 @@ def _checked(
 ) -> jax.Array:
     _check.floating(function, "log_alpha", log_alpha)
     require_numbers(function, temperature, gamma, zeta)
-    x = jnp.asarray(log_alpha)
-    return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+    return wide(log_alpha)
 
 
 def require_numbers(function: str, temperature: Any, gamma: Any, zeta: Any) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import _check
+from jaxcompress._dtypes import wide
 from jaxcompress._sharding import automatic
 
 Norm = Callable[[jax.Array, tuple[int, ...], jax.Array], jax.Array]
@@ -37,8 +38,7 @@ class Groups(NamedTuple):
     def reduce(self, path: str, scores: jax.Array) -> jax.Array:
         """The importance of each group: an array over the grid of groups, float32 or wider."""
         block = self.block(path, scores.shape)
-        wide = scores if scores.dtype.itemsize >= 4 else scores.astype(jnp.float32)
-        return automatic(lambda x: _reduce(x, block, self.norm), wide, like_first=False)
+        return automatic(lambda x: _reduce(x, block, self.norm), wide(scores), like_first=False)
 
     def expand(self, path: str, kept: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """From which groups live to which weights do."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check, tree
+from jaxcompress._dtypes import wide
 from jaxcompress._types import ArrayLike, PyTree
 from jaxcompress.projections import Reparametrization
 
@@ -73,8 +74,8 @@ def powerpropagation(power: ArrayLike, *, where: tree.Where = tree.is_weight) ->
             if not is_chosen:
                 return jnp.asarray(x) if hasattr(x, "dtype") else x
             _check.floating("powerpropagation", "params", x, path)
-            wide = x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
-            return f(jnp.asarray(wide), jnp.asarray(power, wide.dtype)).astype(x.dtype)
+            y = wide(x)
+            return f(y, jnp.asarray(power, y.dtype)).astype(x.dtype)
 
         return tree.map_with_path(leaf, params, chosen)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check
+from jaxcompress._dtypes import wide
 from jaxcompress._sharding import place_like
 from jaxcompress._types import ArrayLike
 from jaxcompress.pruning._groups import Groups
@@ -185,8 +186,7 @@ def _checked(
     """Both in float32 or wider, of one dtype; a traced strength below 0 counts as 0."""
     _check.floating(function, "w", w, path)
     _check.number(function, "strength", strength, 0)
-    x = jnp.asarray(w)
-    x = x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)
+    x = wide(w)
     s = jnp.asarray(strength).astype(x.dtype)
     return x, jnp.where(s < 0, jnp.zeros_like(s), s)
 

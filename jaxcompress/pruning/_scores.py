@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check, _keys, tree
+from jaxcompress._dtypes import wide
 from jaxcompress._sharding import automatic, place_like
 from jaxcompress._types import Numeric, PyTree
 from jaxcompress.projections import number_at
@@ -112,7 +113,7 @@ def saliency(params: PyTree, *, grads: PyTree = None, step: Any = 0) -> PyTree:
 
     def leaf(path, w, g):
         _check.floating("prune", "params", w, path)
-        return jnp.abs(_wide(w) * _wide(g))
+        return jnp.abs(wide(w) * wide(g))
 
     return tree.map_arrays_with_path(leaf, params, grads)
 
@@ -196,7 +197,7 @@ def lamp(params: PyTree, *, grads: PyTree = None, step: Any = 0) -> PyTree:
 
 
 def _lamp(w: jax.Array) -> jax.Array:
-    magnitudes = jnp.nan_to_num(jnp.abs(_wide(w)), nan=0.0).reshape(w.size)
+    magnitudes = jnp.nan_to_num(jnp.abs(wide(w)), nan=0.0).reshape(w.size)
     if w.size == 0:
         return jnp.zeros(w.shape, magnitudes.dtype)
     # Scaled, or squares of tiny or huge weights leave the range of float32.
@@ -270,7 +271,3 @@ def running_fisher(decay: Numeric = 0.999) -> RunningScore:
 
 def _zeros(w: jax.Array) -> jax.Array:
     return jnp.zeros_like(w, dtype=jnp.float32)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x if x.dtype.itemsize >= 4 else x.astype(jnp.float32)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import _check, _keys, arrays, tree
+from jaxcompress._dtypes import wide
 from jaxcompress._types import PyTree
 from jaxcompress.tracing import Member, Stream, streams
 
@@ -81,7 +82,7 @@ def rotate_streams(
         rotation = _rotation(_keys.of_leaf(key, stream.members[0].path), stream.size)
         for member in stream.members:
             _check.floating("rotate_streams", "params", leaves[member.path], member.path)
-            new[member.path] = _new(_wide(new[member.path]), member, leaves, stream, rotation)
+            new[member.path] = _new(wide(new[member.path]), member, leaves, stream, rotation)
     return tree.map_with_path(
         lambda path, w: w if new[path] is w else new[path].astype(w.dtype), params
     )
@@ -153,7 +154,7 @@ def _new(w: jax.Array, member: Member, leaves: dict[str, Any], stream: Stream, r
     others = {m.path: m for m in stream.members}
     divide, gains = member.role == "offset", []
     for path in member.gains:
-        gain = _wide(leaves[path]) + others[path].shift
+        gain = wide(leaves[path]) + others[path].shift
         if divide and not _check.is_traced(gain) and not np.all(gain):
             rule, got = "have no zeros where an offset follows", f"{int(jnp.sum(gain == 0))} zeros"
             raise ValueError(_check.message("rotate_streams", "params", rule, got, path=path))
@@ -162,8 +163,3 @@ def _new(w: jax.Array, member: Member, leaves: dict[str, Any], stream: Stream, r
         shape[member.axis] = stream.size
         gains.append(gain.reshape(shape))
     return _turned(w, gains, rotation, member.axis, divide)
-
-
-def _wide(w: Any) -> jax.Array:
-    w = jnp.asarray(w)
-    return w if w.dtype.itemsize > 4 else w.astype(jnp.float32)

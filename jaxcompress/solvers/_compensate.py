@@ -9,7 +9,8 @@ import numpy as np
 from jax import lax
 
 from jaxcompress import _check
-from jaxcompress.solvers._hessian import check_layer, product, working
+from jaxcompress._dtypes import wide
+from jaxcompress.solvers._hessian import check_layer, product
 
 _LAZY = 128  # rows whose errors reach the rows after them in one product
 _INNER = 32  # of those, rows that a cache holds
@@ -76,7 +77,7 @@ def compensate(
     check_layer("compensate", w, factor, "factor")
     _check.integer("compensate", "block_size", block_size, 1)
     layer = jnp.asarray(w)
-    dense = working(layer)
+    dense = wide(layer)
     (k, n), blocks = layer.shape, -(-layer.shape[0] // block_size)
     together = max(1, min(_LAZY // block_size, blocks))
     size = together * block_size
@@ -84,7 +85,7 @@ def compensate(
     inner = few[-1] if k > _SMALL else block_size
     levels = tuple(sorted({size, block_size, inner, 1}, reverse=True))
     padding = max(1, -(-k // size)) * size - k
-    upper = jnp.pad(jnp.triu(working(factor).astype(dense.dtype)), ((0, padding), (0, padding)))
+    upper = jnp.pad(jnp.triu(wide(factor).astype(dense.dtype)), ((0, padding), (0, padding)))
     diagonal = jnp.pad(jnp.diagonal(upper)[:k], (0, padding), constant_values=jnp.inf)
     dense = jnp.pad(dense, ((0, padding), (0, 0)))
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxcompress import _check
+from jaxcompress._dtypes import wide
 from jaxcompress._types import ArrayLike
 
 _MOST_TRIES = 10
@@ -102,7 +103,7 @@ def prepare(
         got = _check.describe(gram)
         raise ValueError(_check.message("prepare", "gram", "be a square matrix", got, fix))
     _check.number("prepare", "damping", damping, 0.0)
-    gram = working(gram)
+    gram = wide(gram)
     order = jnp.arange(gram.shape[0], dtype=jnp.int32)
     dead = jnp.diagonal(gram) <= 0
     if act_order:
@@ -126,12 +127,6 @@ def check_layer(function: str, w: Any, gram: Any, name: str = "gram") -> None:
         raise ValueError(_check.message(function, name, f"be of shape {wanted}", got))
 
 
-def working(x: jax.Array | np.ndarray) -> jax.Array:
-    """In float32, or in float64 if it is that already."""
-    x = jnp.asarray(x)
-    return x if x.dtype.itemsize > 4 else x.astype(jnp.float32)
-
-
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """The matrix product at full precision on every device."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
@@ -139,7 +134,7 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def damp(gram: jax.Array, damping: jax.Array) -> Damped:
     """The Hessian with the least damping, from `damping` on, that can be factored."""
-    gram = working(gram)
+    gram = wide(gram)
     size, dtype = gram.shape[0], gram.dtype
     damping = damping.astype(dtype)
     diagonal = jnp.diagonal(gram)

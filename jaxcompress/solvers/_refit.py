@@ -6,8 +6,9 @@ import numpy as np
 from jax import lax
 
 from jaxcompress import _check
+from jaxcompress._dtypes import wide
 from jaxcompress._types import ArrayLike
-from jaxcompress.solvers._hessian import check_layer, damp, product, working
+from jaxcompress.solvers._hessian import check_layer, damp, product
 
 _PENALTY = 1.0  # of ADMM, next to a Hessian with a diagonal of ones
 _ENTRIES = 2**22  # of the matrices of the columns that are solved together
@@ -83,7 +84,7 @@ def _refit(w, gram, keep, damping, iterations):
     if w.size == 0:
         return w
     damped = damp(gram, damping)
-    dense = working(w).astype(damped.hessian.dtype)
+    dense = wide(w).astype(damped.hessian.dtype)
     dropped = jnp.where(keep, jnp.zeros_like(dense), dense)
     if iterations is None:
         change = exact_change(damped.hessian, dropped, keep)
@@ -91,7 +92,7 @@ def _refit(w, gram, keep, damping, iterations):
         change = _admm(damped.hessian, dropped, keep, iterations)
     plain = jnp.where(keep, w, jnp.zeros_like(w))
     new = jnp.where(keep, (dense + change).astype(w.dtype), jnp.zeros_like(w))
-    unit = working(gram) / damped.scale
+    unit = wide(gram) / damped.scale
     better = _errors(unit, new, dense) < _errors(unit, plain, dense)
     return jnp.where(better[None, :], new, plain)
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 
 from jaxcompress import _check
+from jaxcompress._dtypes import wide
 from jaxcompress._types import ArrayLike
 from jaxcompress.solvers._hessian import (
     PrepareInfo,
@@ -15,7 +16,6 @@ from jaxcompress.solvers._hessian import (
     damp,
     inverse_factor,
     product,
-    working,
 )
 from jaxcompress.solvers._refit import refit
 
@@ -186,7 +186,7 @@ def _trace(w, gram, damping):
     if w.size == 0:
         return RemovalTrace(jnp.zeros(w.shape), jnp.zeros(w.shape, jnp.int32), damped.info)
     inverse = product(factor.T, factor)
-    dense = working(w).astype(factor.dtype)
+    dense = wide(w).astype(factor.dtype)
     dense = jnp.where(jnp.isnan(dense) | damped.dead[:, None], jnp.zeros_like(dense), dense)
     k, n = dense.shape
     together = max(1, min(n, _ENTRIES // (k * k)))
