@@ -61,8 +61,8 @@ def low_rank(
     default, and `damping` is not needed. See `jc.factorization.weighted_svd`.
 
     Cost: `find` is an `svd`, which one search of `rank` or `energy` under `vmap` shares;
-    `project` two products, O(m n r). `pack`
-    gives r (m + n) numbers, and leaves a leaf dense where these are not fewer.
+    `project` two products, O(m n r). `pack` gives r (m + n) numbers, and leaves a leaf dense
+    where these are not fewer.
 
     Examples:
         >>> params = {"w": jnp.diag(jnp.array([3.1, 2.1, 0.5]))}

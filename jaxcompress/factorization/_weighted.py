@@ -82,7 +82,7 @@ def weighted_svd(
     Returns:
         A `WeightedSVD`, finite for finite arguments. Rows of W without weight follow from the
         others; where both sides are weighted, columns without weight become zero. A NaN or
-        infinite entry of any argument makes everything NaN.
+        infinite entry of any argument makes the factors NaN, up to the rank.
 
     Raises:
         ValueError: shapes that do not fit, `rank` below 0, negative entries of a diagonal

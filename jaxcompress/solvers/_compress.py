@@ -33,14 +33,16 @@ def compress(
 
     is small: its rows are projected one by one, and the error of each is made up for by those
     that follow. For `jc.prune` that is SparseGPT, for `jc.quantize` GPTQ, and for a `jc.chain` of
-    both the two jointly.
+    both the two jointly. `jc.low_rank` takes each layer as a whole and makes the first term least,
+    without damping: the whitened decomposition of SVD-LLM.
 
     Args:
-        projection: any without `stats`. With them `jc.prune`, `jc.quantize`,
-            `jc.pruning.from_masks`, and `jc.chain`, `jc.masked`, `jc.partition` and `jc.scheduled`
-            of them. `jc.prune` by magnitude keeps of each leaf as many weights as it would
-            without `stats`, but chooses them, in blocks of rows, by what their loss costs; with
-            another score, with `groups` or with an axis as its scope it keeps its masks.
+        projection: any without `stats`. With them `jc.prune`, `jc.quantize`, `jc.low_rank` (not in
+            a `jc.chain`), `jc.pruning.from_masks`, and `jc.chain`, `jc.masked`, `jc.partition`
+            and `jc.scheduled` of them. `jc.prune` by magnitude keeps of each leaf as many weights
+            as it would without `stats`, but chooses them, in blocks of rows, by what their loss
+            costs; with another score, with `groups` or with an axis as its scope it keeps its
+            masks.
         params: any pytree of parameters; they are not changed.
         step: where schedules and `jc.every` are read. May be traced.
         stats: from `jc.calibrate(fn, params, batches, gram=True)`.
@@ -95,7 +97,8 @@ def compress(
         >>> bool((jc.todense(packed)["w"] == new["w"]).all())
         True
 
-    Source: Frantar & Alistarh 2023, arXiv:2301.00774; Frantar et al. 2022, arXiv:2210.17323.
+    Source: Frantar & Alistarh 2023, arXiv:2301.00774; Frantar et al. 2022, arXiv:2210.17323; Wang
+    et al. 2024, arXiv:2403.07378.
     To calibrate each layer behind those that are compressed already use
     `jc.solvers.sequential`.
     """

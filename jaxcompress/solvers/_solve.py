@@ -96,7 +96,7 @@ def _whole_leaf(function, path: str, w: jax.Array, gram, layout: Layout, uses: l
     """A leaf that one rule projects as a whole."""
     if len(uses) > 1 or uses[0].whole is None or uses[0].features:
         rule = "project a leaf of low rank by that alone where there are statistics"
-        got, fix = "a chain", "Call jc.compress for one after the other."
+        got, fix = "a chain, or other features", "Call jc.compress for one after the other."
         raise ValueError(_check.message(function, "projection", rule, got, fix, path=path))
     new, chosen = uses[0].whole(path, w, gram, layout)
     return Solved(new, [chosen])
