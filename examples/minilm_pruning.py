@@ -105,7 +105,7 @@ def beyond(sparsity, encode, params, batch) -> dict[str, Callable[[], Any]]:
 
     several = [jc.compress(layers(jc.prune(s)), params, stats=stats) for s in TRIED]
     tried = jax.tree.map(lambda *versions: jnp.stack(versions), *several)
-    errors = jc.pruning.sensitivities(loss, params, tried)
+    errors = jc.solvers.sensitivities(loss, params, tried)
     budget = jc.pruning.least_error(TRIED, errors)
     measured = layers(jc.prune(sparsity, budget=budget))
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,12 @@ class Basis:
 
     def project(self, w: jax.Array) -> jax.Array:
         """The orthogonal projection on the subspace, by two thin products."""
-        return automatic(
-            lambda w, q: (
-                product(*_factors(as_matrix(w), q, self.left)).reshape(w.shape).astype(w.dtype)
-            ),
-            w,
-            self.vectors,
-            like_first=True,
-        )
+
+        def projected(w, q):
+            new = product(*_factors(as_matrix(w), q, self.left)).reshape(w.shape).astype(w.dtype)
+            return unless_whole(new, w, q)
+
+        return automatic(projected, w, self.vectors, like_first=True)
 
     def pack(self, w: Any, path: str) -> arrays.LowRank:
         """The two factors, without the columns beyond the rank."""
@@ -51,6 +49,20 @@ class Basis:
         u, v = _factors(as_matrix(dense), vectors, self.left)
         u = u.reshape(dense.shape[:-1] + u.shape[-1:])
         return arrays.LowRank(u.astype(dense.dtype), v.astype(dense.dtype))
+
+
+class Kept(NamedTuple):
+    """How much of a leaf is kept.
+
+    Attributes:
+        knob: the rank, or the energy.
+        energy: static. Which of the two.
+        columns: static. The most that a structure holds; None: all.
+    """
+
+    knob: jax.Array
+    energy: bool
+    columns: int | None
 
 
 def column_limit(function: str, rank: Numeric | None, max_rank: int | None) -> int | None:
@@ -70,6 +82,14 @@ def kept_columns(q: jax.Array, found: SVD, knob: jax.Array, energy: bool) -> jax
         kept = rank_of_energy(found.s, knob, found.error).astype(jnp.float32)
     live = jnp.arange(q.shape[1], dtype=jnp.float32) < kept
     return jnp.where(live[None, :], q, 0.0)
+
+
+def unless_whole(new: jax.Array, w: jax.Array, q: jax.Array) -> jax.Array:
+    """`new`, or `w` itself to the last bit where the columns of `q` span the whole space."""
+    if q.shape[0] != q.shape[1]:
+        return new
+    # A NaN is no direction: what it makes of the leaf stays.
+    return jnp.where(jnp.all(jnp.any(jnp.abs(q) > 0, axis=0)), w, new)
 
 
 def is_wide(shape: tuple[int, ...]) -> bool:

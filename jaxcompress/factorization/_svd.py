@@ -1,5 +1,7 @@
 """Truncated SVD as a projection."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,7 @@ from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric
 from jaxcompress.factorization._basis import (
     Basis,
+    Kept,
     as_matrix,
     column_limit,
     is_wide,
@@ -17,15 +20,16 @@ from jaxcompress.factorization._basis import (
 )
 from jaxcompress.factorization._decompose import Method, check_method, decompose
 from jaxcompress.factorization._whitened import whitened_rows
-from jaxcompress.projections import Projection, number_at, of_leaves
+from jaxcompress.projections import Projection, by_leaf, number_at, of_leaves
 
 
 def low_rank(
-    rank: Numeric | None = None,
-    energy: Numeric | None = None,
+    rank: Numeric | Mapping[str, Numeric] | None = None,
+    energy: Numeric | Mapping[str, Numeric] | None = None,
     *,
     max_rank: int | None = None,
     method: Method = "auto",
+    center: bool = False,
 ) -> Projection:
     r"""The nearest matrix of a given rank: the truncated singular value decomposition.
 
@@ -35,14 +39,20 @@ def low_rank(
     kernel by its outputs. A held structure projects on the held subspace.
 
     Args:
-        rank: :math:`r`, at least 0; above the full rank it counts as full. A number, a JAX
-            scalar or an Optax schedule; may be traced. Rounded to an integer.
+        rank: :math:`r`, at least 0; from the full rank on the leaf stays as it is, to the last
+            bit. A number, a JAX scalar or an Optax schedule; may be traced. Rounded to an
+            integer. Or a mapping from the path of each chosen leaf to one of these, such as
+            `jc.factorization.budgeted_ranks(…).ranks`.
         energy: instead of `rank`: the smallest :math:`r` that holds this fraction, 0 to 1, of
-            the sum of the *squared* singular values of the leaf. May be traced.
+            the sum of the *squared* singular values of the leaf. May be traced, or a mapping.
         max_rank: static. The most columns that the structure may hold; by default `rank`
             where that is a Python number, else the full rank.
         method: static. How the singular vectors are found, see `jc.factorization.svd`. A sketch
             is taken only where it is much cheaper: of large leaves with a small `max_rank`.
+        center: static. With statistics: whether only what varies in the outputs counts, not
+            their means. Then call `jc.solvers.correct_bias`, which restores the means, and
+            calibrate with `moments=True`. Means beyond 300 standard deviations of their
+            feature leave no digits of float32 to the variance.
 
     Returns:
         A projection whose structure has a `Basis` per leaf. The error in the Frobenius norm is
@@ -53,7 +63,8 @@ def low_rank(
 
     Raises:
         ValueError: both or none of `rank` and `energy`, or one out of range; a chosen leaf
-            has fewer than two dimensions.
+            has fewer than two dimensions; a mapping that lacks a leaf or names one that is not
+            chosen.
         TypeError: a chosen leaf is not real floating point; raised while tracing.
 
     With statistics (`jc.compress(…, stats=jc.calibrate(…, gram=True))`) the outputs change least
@@ -82,32 +93,51 @@ def low_rank(
                 f"rank={rank!r}, energy={energy!r}",
             )
         )
-    if energy is not None:
-        _check.numeric("low_rank", "energy", energy, 0, 1)
+    _require("rank", rank, None)
+    _require("energy", energy, 1)
     check_method("low_rank", method)
-    columns = column_limit("low_rank", rank, max_rank)
-    wanted: Numeric = energy if rank is None else rank  # pyright: ignore[reportAssignmentType]
+    by_energy = rank is None
+
+    def numbers(params, step) -> dict[str, Kept]:
+        given = by_leaf(
+            "low_rank",
+            "energy" if by_energy else "rank",
+            energy if by_energy else rank,  # pyright: ignore[reportArgumentType]
+            params,
+        )
+        kept = {}
+        for path, each in given.items():
+            columns = column_limit("low_rank", None if by_energy else each, max_rank)
+            kept[path] = Kept(number_at(each, step).astype(jnp.float32), by_energy, columns)
+        return kept
 
     def find(params, *, previous=None, grads=None, step=0):
         del previous, grads
-        knob = number_at(wanted, step).astype(jnp.float32)
+        kept = numbers(params, step)
 
         def leaf(path, w):
             require_matrix("low_rank", path, w)
-            limit, left = side_limit(w.shape, columns), is_wide(w.shape)
+            limit, left = side_limit(w.shape, kept[path].columns), is_wide(w.shape)
 
             def vectors(w, knob):
                 found = decompose(jax.lax.stop_gradient(as_matrix(w)), limit, method)
                 q = found.u if left else found.vt.T
-                return kept_columns(q, found, knob, energy is not None)
+                return kept_columns(q, found, knob, by_energy)
 
-            return Basis(automatic(vectors, w, knob, like_first=False), left)
+            return Basis(automatic(vectors, w, kept[path].knob, like_first=False), left)
 
         return tree.map_arrays_with_path(leaf, params)
 
     def rows(params, *, step=0):
-        knob = number_at(wanted, step).astype(jnp.float32)
         tree.map_arrays_with_path(lambda path, w: require_matrix("low_rank", path, w), params)
-        return whitened_rows(params, knob, energy is not None, columns, method)
+        return whitened_rows(params, numbers(params, step), method, center)
 
     return of_leaves(find, rows=rows)
+
+
+def _require(name: str, given: Numeric | Mapping[str, Numeric] | None, high: int | None) -> None:
+    if isinstance(given, Mapping):
+        for path, each in given.items():
+            _check.numeric("low_rank", f"{name}[{path!r}]", each, 0, high)
+    elif given is not None:
+        _check.numeric("low_rank", name, given, 0, high)

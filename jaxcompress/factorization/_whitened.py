@@ -9,46 +9,93 @@ import jax.numpy as jnp
 
 from jaxcompress import _check, tree
 from jaxcompress._types import PyTree
-from jaxcompress.factorization._basis import Basis, as_matrix, is_wide, kept_columns, side_limit
+from jaxcompress.factorization._basis import (
+    Basis,
+    Kept,
+    as_matrix,
+    is_wide,
+    kept_columns,
+    side_limit,
+    unless_whole,
+)
 from jaxcompress.factorization._decompose import Method, decompose, product
 from jaxcompress.factorization._weighted import root_of
 from jaxcompress.projections import RowRule, Rows
+from jaxcompress.solvers import Layout, mean_inputs
+from jaxcompress.tracing import Statistics
 
 
-def whitened_rows(
-    params: PyTree, knob: jax.Array, energy: bool, columns: int | None, method: Method
-) -> Rows:
+def whitened_rows(params: PyTree, kept: Mapping[str, Kept], method: Method, center: bool) -> Rows:
     """What `jc.compress(…, stats=…)` does with leaves of low rank, each as a whole.
 
     Args:
         params: the dense leaves.
-        knob: the rank, or the energy of the weighted leaf.
-        energy: static. Which of the two.
-        columns: static. The most that a structure holds; None: all.
+        kept: how much of each.
         method: static. Of the decomposition.
+        center: static. Whether the means of the inputs count for nothing.
     """
     data: Mapping[str, Any] = dict(tree.leaves_with_paths(params))
 
-    def whole(path: str, w: jax.Array, gram: jax.Array, layout: Any) -> tuple[jax.Array, Basis]:
-        last = w.ndim - 1
-        if last in layout.axes and (len(layout.axes) > 1 or layout.stacked or layout.groups > 1):
-            rule = "sum over the last axis alone, or not over it"
-            got = f"a product over the axes {layout.axes}"
-            raise ValueError(_check.message("compress", "params", rule, got, path=path))
-        limit = side_limit(w.shape, columns)
-        return _solved(w, gram, knob, energy, layout, limit, method)
+    def whole(path, w, gram, layout, several) -> tuple[jax.Array, Basis]:
+        weight = weight_of("compress", path, gram, layout, several if center else None)
+        each = kept[path]
+        limit = side_limit(w.shape, each.columns)
+        return _solved(w, weight, each.knob, each.energy, layout, limit, method)
 
     return Rows(_never, data, {}, structure=lambda path, chosen: chosen, whole=whole)
 
 
+def weight_of(
+    function: str,
+    path: str,
+    gram: jax.Array,
+    layout: Layout,
+    centered_by: list[Statistics] | None = None,
+) -> jax.Array:
+    """The weights of a leaf's rows, `[matrices, features, features]`: its Gram matrices.
+
+    Args:
+        function: for errors.
+        path: for errors.
+        gram: as of `jc.solvers.gram_of`.
+        layout: of the leaf; refused where the leaf, by its last axis, is not its matrix.
+        centered_by: the statistics from whose means it is centred, or None.
+    """
+    last = len(layout.shape) - 1
+    if last in layout.axes and (len(layout.axes) > 1 or layout.stacked or layout.groups > 1):
+        rule = "sum over the last axis alone, or not over it"
+        got = f"a product over the axes {layout.axes}"
+        raise ValueError(_check.message(function, "params", rule, got, path=path))
+    if centered_by is None:
+        return gram
+    mean = mean_inputs(function, path, centered_by)
+    if mean.shape[-1] != layout.features or layout.groups > 1:
+        rule, got = "have one mean for each feature to be centred", "those of a convolution"
+        fix = "Leave it to another projection, by jc.partition, or pass center=False."
+        raise ValueError(_check.message(function, "stats", rule, got, fix, path=path))
+    rows = mean.reshape((-1, layout.features, 1))
+    counts = [one.gram.count for one in centered_by if one.gram is not None]
+    count = sum(counts[1:], counts[0]).reshape((-1, 1, 1))
+    return gram - count * rows * jnp.swapaxes(rows, 1, 2)
+
+
+def weighted_matrix(w: jax.Array, weight: jax.Array, layout: Layout) -> jax.Array:
+    """The leaf times the roots of its weights, by its last axis, in float32; NaN counts as zero."""
+    w = _without_nan(w)
+    weighted = jax.vmap(lambda g, m: root_of(g).times(m))(weight, layout.matrices(w))
+    return as_matrix(layout.leaf(weighted))
+
+
+def _without_nan(w: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(w), jnp.zeros_like(w), w).astype(jnp.float32)
+
+
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def _solved(w, gram, knob, energy: bool, layout: Any, limit: int, method: Method):
+def _solved(w, weight, knob, energy: bool, layout: Layout, limit: int, method: Method):
     """The leaf and its basis. The weight is on rows, or on columns where the last axis is
     summed over; in both cases the subspace is on the other side, and nothing is inverted."""
     on_rows, wide = w.ndim - 1 not in layout.axes, is_wide(w.shape)
-    matrices = jnp.where(jnp.isnan(w), jnp.zeros_like(w), w).astype(jnp.float32)
-    weighted = jax.vmap(lambda g, m: root_of(g).times(m))(gram, layout.matrices(matrices))
-    a, matrix = as_matrix(layout.leaf(weighted)), as_matrix(matrices)
+    a, matrix = weighted_matrix(w, weight, layout), as_matrix(_without_nan(w))
     # Nearly dependent inputs need all digits of it.
     found = decompose(a, limit, "exact" if method == "auto" else method)
     q = found.vt.T if on_rows else found.u
@@ -59,6 +106,7 @@ def _solved(w, gram, knob, energy: bool, layout: Any, limit: int, method: Method
         other = decompose(new, limit, "gram")
         live = jnp.any(q != 0, axis=0)[None, :]
         q = jnp.where(live, other.u if wide else other.vt.T, 0.0)
+    new = unless_whole(new, matrix, q)
     return new.reshape(w.shape).astype(w.dtype), Basis(q, wide)
 
 

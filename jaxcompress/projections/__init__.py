@@ -13,6 +13,8 @@ from jaxcompress.projections._combine import Partitioned as Partitioned
 from jaxcompress.projections._combine import chain as chain
 from jaxcompress.projections._combine import masked as masked
 from jaxcompress.projections._combine import partition as partition
+from jaxcompress.projections._numbers import by_leaf as by_leaf
+from jaxcompress.projections._numbers import number_at as number_at
 from jaxcompress.projections._optax import ProjectedState as ProjectedState
 from jaxcompress.projections._optax import ProjectState as ProjectState
 from jaxcompress.projections._optax import StraightThroughState as StraightThroughState
@@ -38,6 +40,5 @@ from jaxcompress.projections._time import Relaxed as Relaxed
 from jaxcompress.projections._time import Scheduled as Scheduled
 from jaxcompress.projections._time import Timed as Timed
 from jaxcompress.projections._time import every as every
-from jaxcompress.projections._time import number_at as number_at
 from jaxcompress.projections._time import relaxed as relaxed
 from jaxcompress.projections._time import scheduled as scheduled

@@ -7,7 +7,8 @@ from jaxcompress._types import Numeric
 from jaxcompress.projections._base import Projection
 from jaxcompress.projections._combine import _require_projection
 from jaxcompress.projections._due import found_when
-from jaxcompress.projections._time import Timed, number_at, timed
+from jaxcompress.projections._numbers import number_at
+from jaxcompress.projections._time import Timed, timed
 
 
 def alternated(

@@ -14,7 +14,7 @@ from jaxcompress.projections._base import Projection, observed
 from jaxcompress.projections._combine import _require_projection
 from jaxcompress.projections._held import alive_now, held_step
 from jaxcompress.projections._land import apply, land, land_where_moved, wide
-from jaxcompress.projections._time import number_at
+from jaxcompress.projections._numbers import number_at
 
 
 class ProjectState(NamedTuple):

@@ -13,8 +13,8 @@ from jaxcompress._sharding import place_like
 from jaxcompress._types import Numeric
 from jaxcompress.projections._base import hide, show
 from jaxcompress.projections._land import apply, land, wide
+from jaxcompress.projections._numbers import number_at
 from jaxcompress.projections._optax import _require_params
-from jaxcompress.projections._time import number_at
 
 Operator = Callable[..., jax.Array]
 """`(w, strength) -> w`: the minimiser v of `|v - w|^2 / 2 + strength * penalty(v)`. One with an

@@ -54,8 +54,9 @@ class Rows(NamedTuple):
         otherwise: `() -> Rows`, for leaves whose rows can't be taken in groups one after the
             other, since they are in another order, or lie along another axis. None: they must.
         features: from the paths of some leaves to the features that `data` was found in.
-        whole: `(path, w, gram, layout) -> (w, chosen)`, of leaves that are projected as a whole
-            instead of row by row, as those of low rank: `rule` is not used then.
+        whole: `(path, w, gram, layout, statistics) -> (w, chosen)`, of leaves that are projected
+            as a whole instead of row by row, as those of low rank: `rule` is not used then.
+            `statistics` are those of all sites, whose Gram matrices `gram` sums.
     """
 
     rule: RowRule
@@ -64,4 +65,4 @@ class Rows(NamedTuple):
     structure: Callable[[str, Any], Any] | None = None
     otherwise: "Callable[[], Rows] | None" = None
     features: Mapping[str, Features] | None = None
-    whole: Callable[[str, jax.Array, jax.Array, Any], tuple[jax.Array, Any]] | None = None
+    whole: Callable[[str, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]] | None = None

@@ -13,6 +13,7 @@ from jaxcompress._types import Numeric, PyTree
 from jaxcompress.projections._base import Projection, kept_by, observed, rows_of
 from jaxcompress.projections._combine import _require_projection
 from jaxcompress.projections._due import found_when
+from jaxcompress.projections._numbers import number_at
 
 
 class Timed(NamedTuple):
@@ -34,13 +35,6 @@ class Relaxed(NamedTuple):
 
     strength: jax.Array
     inner: PyTree
-
-
-def number_at(value: Numeric, step: Any) -> jax.Array:
-    """The value of a number or of a schedule at `step`, as a strongly typed array."""
-    value = value(step) if callable(value) else value
-    value = jnp.asarray(value)
-    return jax.lax.convert_element_type(value, value.dtype)
 
 
 def every(

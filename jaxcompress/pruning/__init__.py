@@ -26,7 +26,6 @@ from jaxcompress.pruning._groups import whole as whole
 from jaxcompress.pruning._hard_concrete import Gated as Gated
 from jaxcompress.pruning._hard_concrete import hard_concrete as hard_concrete
 from jaxcompress.pruning._least_error import least_error as least_error
-from jaxcompress.pruning._least_error import sensitivities as sensitivities
 from jaxcompress.pruning._masks import Mask as Mask
 from jaxcompress.pruning._mixtures import balanced as balanced
 from jaxcompress.pruning._mixtures import floored as floored

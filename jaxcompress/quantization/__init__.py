@@ -52,7 +52,6 @@ codes            of a float its bits, sign first; of a table the index into its 
 """
 
 from jaxcompress.quantization._adaround import adaround as adaround
-from jaxcompress.quantization._bias import correct_bias as correct_bias
 from jaxcompress.quantization._cluster import Centroids as Centroids
 from jaxcompress.quantization._cluster import cluster as cluster
 from jaxcompress.quantization._codebook import Shared as Shared

@@ -13,9 +13,8 @@ from jaxcompress._sharding import automatic
 from jaxcompress._types import ArrayLike, PyTree
 from jaxcompress.projections import Projection
 from jaxcompress.quantization._features import require_projection
-from jaxcompress.quantization._inputs import Inputs, inputs_of, with_statistics
 from jaxcompress.quantization._rescale import rescaled
-from jaxcompress.solvers import gram_of
+from jaxcompress.solvers import Inputs, gram_of, inputs_of, with_statistics
 from jaxcompress.tracing import Statistics
 
 # Scales beyond are of features that hardly exist: their inverse would leave narrow dtypes.

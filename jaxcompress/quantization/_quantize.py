@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxcompress import _check, tree
 from jaxcompress._types import Numeric, PyTree
-from jaxcompress.projections import Projection, number_at, of_leaves
+from jaxcompress.projections import Projection, by_leaf, number_at, of_leaves
 from jaxcompress.quantization._conventions import OURS, Convention
 from jaxcompress.quantization._formats import Format
 from jaxcompress.quantization._grid import Fit, Grid, fit_grid
@@ -150,14 +150,7 @@ def _widths(bits, params: PyTree, step) -> dict[str, int | jax.Array]:
         rounded = jnp.round(number_at(each, step).astype(jnp.float32))
         return jnp.clip(rounded, 1, 8).astype(jnp.int32)
 
-    paths: list[str] = []
-    tree.map_arrays_with_path(lambda path, w: paths.append(path), params)
+    given = by_leaf("quantize", "bits", bits, params)
     if not isinstance(bits, Mapping):
-        return dict.fromkeys(paths, width(bits))
-    missing, unknown = sorted(set(paths) - set(bits)), sorted(set(bits) - set(paths))
-    if missing or unknown:
-        rule = "name the chosen leaves, and only those"
-        got = f"none for {missing}" if missing else f"{unknown}, which are not chosen"
-        fix = "Choose leaves with jc.masked."
-        raise ValueError(_check.message("quantize", "bits", rule, got, fix))
-    return {path: width(each) for path, each in bits.items()}
+        return dict.fromkeys(given, width(bits))
+    return {path: width(each) for path, each in given.items()}

@@ -81,7 +81,7 @@ def solve(
     for path, (layout, several) in layouts(function, stats, leaves).items():
         gram = gram_of(function, path, several, layout)
         if any(rows.whole for rows in uses[path]):
-            new[path] = _whole_leaf(function, path, leaves[path], gram, layout, uses[path])
+            new[path] = _whole_leaf(function, path, leaves[path], gram, layout, several, uses[path])
             continue
         job = _job(function, path, leaves[path], layout, gram, uses[path], how)
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (job.w, job.data))
@@ -92,13 +92,15 @@ def solve(
     return new
 
 
-def _whole_leaf(function, path: str, w: jax.Array, gram, layout: Layout, uses: list[Rows]):
+def _whole_leaf(
+    function, path: str, w: jax.Array, gram, layout: Layout, several, uses: list[Rows]
+) -> Solved:
     """A leaf that one rule projects as a whole."""
     if len(uses) > 1 or uses[0].whole is None or uses[0].features:
         rule = "project a leaf of low rank by that alone where there are statistics"
         got, fix = "a chain, or other features", "Call jc.compress for one after the other."
         raise ValueError(_check.message(function, "projection", rule, got, fix, path=path))
-    new, chosen = uses[0].whole(path, w, gram, layout)
+    new, chosen = uses[0].whole(path, w, gram, layout, several)
     return Solved(new, [chosen])
 
 

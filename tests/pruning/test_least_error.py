@@ -116,14 +116,14 @@ def test_sensitivities_are_those_of_a_loop():
     params, loss = example()
     grid = jnp.array(GRID)
     tried = jax.vmap(lambda s: jc.compress(jc.prune(s), params))(grid)
-    found = jc.pruning.sensitivities(loss, params, tried)
+    found = jc.solvers.sensitivities(loss, params, tried)
     assert list(found) == ["head", "layer/w"]
     for i in range(len(GRID)):
         head = params | {"head": tried["head"][i]}
         layer = params | {"layer": params["layer"] | {"w": tried["layer"]["w"][i]}}
         np.testing.assert_allclose(found["head"][i], loss(head), rtol=1e-5)
         np.testing.assert_allclose(found["layer/w"][i], loss(layer), rtol=1e-5)
-    jitted = jax.jit(lambda p, t: jc.pruning.sensitivities(loss, p, t))(params, tried)
+    jitted = jax.jit(lambda p, t: jc.solvers.sensitivities(loss, p, t))(params, tried)
     assert set(jitted) == {"head", "layer/w", "layer/b"}
     np.testing.assert_allclose(jitted["layer/b"], 0, atol=1e-6)
     np.testing.assert_allclose(jitted["head"], found["head"], rtol=1e-5)
@@ -138,7 +138,7 @@ def test_the_measured_budget_beats_the_uniform_one():
 
     grid = jnp.linspace(0.1, 0.9, 9)
     tried = jax.vmap(lambda s: jc.compress(jc.prune(s), params))(grid)
-    budget = jc.pruning.least_error(grid, jc.pruning.sensitivities(loss, params, tried))
+    budget = jc.pruning.least_error(grid, jc.solvers.sensitivities(loss, params, tried))
     plain = jc.prune(0.5, budget=jc.pruning.uniform())
     measured = jc.prune(0.5, budget=budget)
     assert loss(jc.compress(measured, params)) < 0.5 * loss(jc.compress(plain, params))
@@ -147,7 +147,7 @@ def test_the_measured_budget_beats_the_uniform_one():
 def test_nothing_changed_is_no_sensitivity():
     params, loss = example()
     same = jax.tree.map(lambda w: w[None], params)
-    assert jc.pruning.sensitivities(loss, params, same) == {}
+    assert jc.solvers.sensitivities(loss, params, same) == {}
 
 
 @pytest.mark.parametrize(
@@ -165,15 +165,15 @@ def test_nothing_changed_is_no_sensitivity():
             "errors of each chosen leaf",
         ),
         (
-            lambda: jc.pruning.sensitivities(jnp.sum, jnp.ones(3), jnp.ones(3)),
+            lambda: jc.solvers.sensitivities(jnp.sum, jnp.ones(3), jnp.ones(3)),
             "`compressed` must be of shape",
         ),
         (
-            lambda: jc.pruning.sensitivities(jnp.sum, {"a": jnp.ones(3)}, jnp.ones((1, 3))),
+            lambda: jc.solvers.sensitivities(jnp.sum, {"a": jnp.ones(3)}, jnp.ones((1, 3))),
             "structure of `params`",
         ),
         (
-            lambda: jc.pruning.sensitivities(lambda w: 2 * w, jnp.ones(3), jnp.zeros((1, 3))),
+            lambda: jc.solvers.sensitivities(lambda w: 2 * w, jnp.ones(3), jnp.zeros((1, 3))),
             "`loss` must return a scalar",
         ),
     ],

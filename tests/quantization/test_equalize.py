@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.quantization import correct_bias, equalize
+from jaxcompress.quantization import equalize
+from jaxcompress.solvers import correct_bias
 
 RNG = np.random.default_rng(0)
 Q2 = jc.quantize(2, ranges=jc.quantization.min_max)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxcompress import _check, tree
 from jaxcompress._types import PyTree
-from jaxcompress.solvers import Layout, layouts
+from jaxcompress.solvers._layout import Layout, layouts
 from jaxcompress.tracing import Statistics
 
 
@@ -98,3 +98,17 @@ def inputs_of(layout: Layout, channels: int, one: Statistics) -> Inputs | None:
         return Inputs(layout._replace(groups=groups), (), groups)
     known = channels == groups * first
     return Inputs(layout._replace(groups=groups), layout.axes[:1], groups) if known else None
+
+
+def mean_inputs(function: str, path: str, several: list[Statistics]) -> jax.Array:
+    """Of each channel, over the tokens of all sites: `[*layers, channels]`."""
+    totals, counts = [], []
+    for one in several:
+        if one.moments is None:
+            rule, got = "hold the mean of each feature", "statistics without"
+            fix = "Call jc.calibrate(…, moments=True)."
+            raise ValueError(_check.message(function, "stats", rule, got, fix, path=path))
+        number = jnp.expand_dims(one.moments.count, -1)
+        totals.append(one.moments.mean * number)
+        counts.append(number)
+    return sum(totals[1:], totals[0]) / jnp.maximum(sum(counts[1:], counts[0]), 1.0)

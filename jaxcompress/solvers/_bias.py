@@ -9,8 +9,8 @@ from jax import lax
 
 from jaxcompress import _check, arrays, tree
 from jaxcompress._types import PyTree
-from jaxcompress.quantization._inputs import inputs_of, with_statistics
-from jaxcompress.solvers import Layout
+from jaxcompress.solvers._inputs import inputs_of, mean_inputs, with_statistics
+from jaxcompress.solvers._layout import Layout
 from jaxcompress.tracing import Statistics
 
 
@@ -56,7 +56,7 @@ def correct_bias(
         >>> x = jnp.array([[2.0, 1.0], [4.0, 0.0]])
         >>> stats = jc.calibrate(fn, params, [x], moments=True)
         >>> new = jc.compress(jc.quantize(2), params)
-        >>> new = jc.quantization.correct_bias(params, new, stats)
+        >>> new = jc.solvers.correct_bias(params, new, stats)
         >>> (fn(new, x).mean(0) - fn(params, x).mean(0)).round(5) + 0.0
         Array([0., 0.], dtype=float32)
 
@@ -102,7 +102,7 @@ def _lost_mean(
     path: str, w: jax.Array, new: jax.Array, layout: Layout, several: list[Statistics]
 ) -> jax.Array:
     """The mean input times what the weights lost: `[layers * outputs]`."""
-    mean = _mean_inputs(path, several)
+    mean = mean_inputs("correct_bias", path, several)
     inputs = inputs_of(layout, mean.shape[-1], several[0])
     if inputs is None:
         rule, got = "tell the groups of a convolution", "statistics without a Gram matrix"
@@ -114,20 +114,6 @@ def _lost_mean(
     matrices = matrices.reshape((matrices.shape[0], inputs.count, -1, matrices.shape[-1])).sum(2)
     rows = mean.reshape((matrices.shape[0], 1, inputs.count))
     return jnp.matmul(rows, matrices, precision=lax.Precision.HIGHEST)
-
-
-def _mean_inputs(path: str, several: list[Statistics]) -> jax.Array:
-    """Over the tokens of all sites: `[*layers, features]`."""
-    totals, counts = [], []
-    for one in several:
-        if one.moments is None:
-            rule, got = "hold the mean of each feature", "statistics without"
-            fix = "Call jc.calibrate(…, moments=True)."
-            raise ValueError(_check.message("correct_bias", "stats", rule, got, fix, path=path))
-        number = jnp.expand_dims(one.moments.count, -1)
-        totals.append(one.moments.mean * number)
-        counts.append(number)
-    return sum(totals[1:], totals[0]) / jnp.maximum(sum(counts[1:], counts[0]), 1.0)
 
 
 def _outputs(layout: Layout) -> int:
