@@ -8,6 +8,7 @@ from jaxcompress.factorization._decompose import svd as svd
 from jaxcompress.factorization._galore import GaloreState as GaloreState
 from jaxcompress.factorization._galore import galore as galore
 from jaxcompress.factorization._importance import measured_importance as measured_importance
+from jaxcompress.factorization._importance import measured_importance as measured_importance
 from jaxcompress.factorization._noise_ranks import evbmf_rank as evbmf_rank
 from jaxcompress.factorization._noise_ranks import gavish_donoho_rank as gavish_donoho_rank
 from jaxcompress.factorization._proximal import nuclear_norm as nuclear_norm
@@ -18,9 +19,12 @@ from jaxcompress.factorization._ranks import effective_rank as effective_rank
 from jaxcompress.factorization._ranks import energy_rank as energy_rank
 from jaxcompress.factorization._ranks import numerical_rank as numerical_rank
 from jaxcompress.factorization._ranks import stable_rank as stable_rank
+from jaxcompress.factorization._refit import refit_factors as refit_factors
 from jaxcompress.factorization._regularizers import nuclear_norm_penalty as nuclear_norm_penalty
 from jaxcompress.factorization._regularizers import orthogonality_penalty as orthogonality_penalty
 from jaxcompress.factorization._regularizers import spectral_norm_penalty as spectral_norm_penalty
+from jaxcompress.factorization._spectra import budgeted_ranks as budgeted_ranks
+from jaxcompress.factorization._spectra import spectra as spectra
 from jaxcompress.factorization._spectra import budgeted_ranks as budgeted_ranks
 from jaxcompress.factorization._spectra import spectra as spectra
 from jaxcompress.factorization._svd import low_rank as low_rank

@@ -97,6 +97,14 @@ def compress(
         >>> bool((jc.todense(packed)["w"] == new["w"]).all())
         True
 
+        Factors that `jc.lift` runs, quantized for their own inputs:
+
+        >>> small = jc.pack(jc.low_rank(1), params)
+        >>> stats = jc.calibrate(jc.lift(fn), small, [x], gram=True)
+        >>> sorted(stats)
+        ['w/u', 'w/v']
+        >>> small = jc.compress(jc.quantize(4), small, stats=stats)
+
     Source: Frantar & Alistarh 2023, arXiv:2301.00774; Frantar et al. 2022, arXiv:2210.17323; Wang
     et al. 2024, arXiv:2403.07378.
     To calibrate each layer behind those that are compressed already use
@@ -115,7 +123,8 @@ def compress(
         found, uses = rules_of(projection, params, step)
         how = How(damping, block_size, act_order, return_structure)
         solved = solve("compress", uses, params, stats, how)
-        new = tree.map_with_path(lambda path, w: solved[path].w if path in solved else w, params)
+        swap = lambda path, w: solved[path].w if path in solved else w  # noqa: E731
+        new = tree.map_arrays_with_path(swap, params)
         return new, structure_of(found, solved) if return_structure else None
 
     new, structure = automatic_like(solved_for, params, stats, damping, step)

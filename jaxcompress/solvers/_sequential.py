@@ -90,7 +90,7 @@ def sequential(
         stats = calibrate(fn, params, batches, where=_any_of(group), gram=True)
         new: dict[str, Solved] = solve("sequential", part, params, stats, how)
         solved |= new
-        params = tree.map_with_path(
+        params = tree.map_arrays_with_path(
             lambda path, w, new=new: new[path].w if path in new else w, params
         )
     return (params, structure_of(found, solved)) if return_structure else params
@@ -111,7 +111,9 @@ def _groups(fn, params: PyTree, batch: Any, order, chosen: set[str]) -> list[lis
         for where in order:
             picked = tree.select(params, where, function="sequential")
             flat = zip(tree.leaves_with_paths(params), jax.tree.leaves(picked), strict=True)
-            group = [path for (path, _), hit in flat if hit and path in left]
+            heads = [path for (path, _), hit in flat if hit]
+            # The factors of a compressed leaf go with it.
+            group = [p for p in sorted(left) if any(f"{p}/".startswith(f"{h}/") for h in heads)]
             left -= set(group)
             groups += [group] if group else []
     missing = sorted(chosen - {path for group in groups for path in group})

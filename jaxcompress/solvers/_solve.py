@@ -75,7 +75,9 @@ def solve(
     how: How,
 ) -> dict[str, Solved]:
     """The new leaf of each path in `uses`."""
-    leaves = {path: w for path, w in tree.leaves_with_paths(params) if path in uses}
+    leaves: dict[str, Any] = {}
+    tree.map_arrays_with_path(lambda path, w: leaves.update({path: w}), params)
+    leaves = {path: w for path, w in leaves.items() if path in uses}
     batches: dict[Any, list[_Job]] = {}
     new = {}
     for path, (layout, several) in layouts(function, stats, leaves).items():

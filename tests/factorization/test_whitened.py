@@ -129,3 +129,30 @@ def test_what_is_not_possible_is_refused():
     stats = jc.calibrate(fn, params, [(f32(X),)], gram=True)
     with pytest.raises(ValueError, match="compress: `params` must sum over the last axis alone"):
         jc.compress(jc.low_rank(2), params, stats=stats)
+
+
+def test_factors_are_quantized_for_their_own_inputs():
+    mixed = f32(X @ RNG.normal(size=(12, 12)))
+    params = {"w": f32(RNG.normal(size=(12, 20))), "v": f32(RNG.normal(size=(20, 8)))}
+    fn = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]  # noqa: E731
+    packed = jc.pack(jc.masked(jc.low_rank(4), "w"), params)
+    run = jc.lift(fn)
+    stats = jc.calibrate(run, packed, [(mixed,)], gram=True)
+    assert set(stats) == {"w/u", "w/v", "v"}
+    p = jc.quantize(3, ranges=jc.quantization.min_max)
+    new, structure = jc.compress(p, packed, stats=stats, return_structure=True)
+    small = p.pack(new, structure)
+    assert isinstance(small["w"].u, jc.arrays.Quantized)
+    assert isinstance(small["w"].v, jc.arrays.Quantized)
+    np.testing.assert_allclose(run(small, mixed), run(new, mixed), atol=1e-4)
+
+    rounded = jc.compress(p, packed)
+
+    def error(found, leaf):
+        x = mixed @ packed["w"].u if leaf == "v" else mixed
+        return np.linalg.norm(x @ (getattr(found["w"], leaf) - getattr(packed["w"], leaf)))
+
+    for leaf in "uv":
+        assert error(new, leaf) < 0.9 * error(rounded, leaf), leaf
+    one_by_one = jc.solvers.sequential(p, run, packed, [(mixed,)], order=["w", "v"])
+    assert not bool((one_by_one["w"].u == packed["w"].u).all())
