@@ -13,6 +13,8 @@ from jaxcompress.arrays._base import todense as todense
 from jaxcompress.arrays._block import BlockSparse as BlockSparse
 from jaxcompress.arrays._block import block_sparse as block_sparse
 from jaxcompress.arrays._codebook import Codebook as Codebook
+from jaxcompress.arrays._convolutions import ConvChain as ConvChain
+from jaxcompress.arrays._convolutions import conv_chain as conv_chain
 from jaxcompress.arrays._hadamard import hadamard as hadamard
 from jaxcompress.arrays._hadamard import hadamard_order as hadamard_order
 from jaxcompress.arrays._low_rank import LowRank as LowRank
@@ -38,3 +40,5 @@ from jaxcompress.arrays._rotated import rotate_back as rotate_back
 from jaxcompress.arrays._rows import Rows as Rows
 from jaxcompress.arrays._rows import rows as rows
 from jaxcompress.arrays._rows import take_rows as take_rows
+from jaxcompress.arrays._sum import Sum as Sum
+from jaxcompress.arrays._sum import add as add

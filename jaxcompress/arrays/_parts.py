@@ -11,10 +11,12 @@ from jax.sharding import PartitionSpec
 from jaxcompress import _check
 from jaxcompress.arrays import _base
 from jaxcompress.arrays._codebook import Codebook
+from jaxcompress.arrays._convolutions import ConvChain, map_stages
 from jaxcompress.arrays._low_rank import LowRank
 from jaxcompress.arrays._quantized import Quantized
 from jaxcompress.arrays._rescaled import Rescaled
 from jaxcompress.arrays._rotated import Rotated
+from jaxcompress.arrays._sum import Sum
 
 
 def cast(leaf: Any, dtype: Any) -> Any:
@@ -27,7 +29,8 @@ def cast(leaf: Any, dtype: Any) -> Any:
     Returns:
         The same class. Quantized, rescaled and rotated arrays and codebooks only note the
         dtype. The factors of a low-rank array and the values of a sparse one are cast, so that
-        a low-rank array may differ by the rounding of its factors.
+        a low-rank array may differ by the rounding of its factors, and a sum by that of its
+        parts.
 
     Raises:
         TypeError: `leaf` holds no floating-point values, or `dtype` is no such dtype.
@@ -46,6 +49,10 @@ def cast(leaf: Any, dtype: Any) -> Any:
         return dataclasses.replace(leaf, dtype=dtype)
     if isinstance(leaf, LowRank):
         return LowRank(*(_cast_part(x, dtype) for x in (leaf.u, leaf.v)))
+    if isinstance(leaf, ConvChain):
+        return map_stages(leaf, lambda x: _cast_part(x, dtype))
+    if isinstance(leaf, Sum):
+        return Sum(tuple(_cast_part(x, dtype) for x in leaf.parts))
     return dataclasses.replace(leaf, values=_cast_part(leaf.values, dtype))
 
 
@@ -76,6 +83,9 @@ def partition_specs(leaf: Any, spec: PartitionSpec) -> Any:
         u = _part_specs(leaf.u, (*axes[:-1], None))
         v = _part_specs(leaf.v, (None, axes[-1]))
         return None if u is None or v is None else LowRank(u, v)
+    if isinstance(leaf, Sum):
+        parts = tuple(_part_specs(x, axes) for x in leaf.parts)
+        return None if any(part is None for part in parts) else Sum(parts)
     if isinstance(leaf, Quantized) and leaf.group is None:
         codes = _part_specs(leaf.codes, axes)
         if codes is None:

@@ -12,6 +12,7 @@ from jaxcompress import _check
 from jaxcompress.arrays import _base
 from jaxcompress.arrays._block import BlockSparse, unblocked
 from jaxcompress.arrays._codebook import Codebook
+from jaxcompress.arrays._convolutions import ConvChain, rows_of_chain
 from jaxcompress.arrays._low_rank import LowRank
 from jaxcompress.arrays._masked import BitMasked
 from jaxcompress.arrays._nm import NM
@@ -19,6 +20,7 @@ from jaxcompress.arrays._packed import Packed
 from jaxcompress.arrays._quantized import Quantized, expand_groups, group_pairs
 from jaxcompress.arrays._rescaled import Rescaled
 from jaxcompress.arrays._rotated import Rotated
+from jaxcompress.arrays._sum import Sum, total
 
 
 class Rows(NamedTuple):
@@ -186,6 +188,18 @@ def _rotated(leaf: Rotated) -> Rows:
     )
 
 
+def _sum(leaf: Sum) -> Rows:
+    cuts = [_rows(part) for part in leaf.parts]
+
+    def rebuilt(row):
+        parts = [cut.rebuild(x) for cut, x in zip(cuts, row, strict=True)]
+        if any(_base.is_compressed(part) for part in parts):
+            return Sum(tuple(parts))
+        return total(parts, leaf.dtype)
+
+    return Rows(tuple(cut.stacked for cut in cuts), rebuilt)
+
+
 def _sparse(leaf: Any) -> Rows:
     stacked, entries = _entries(leaf)
     return Rows(stacked, lambda row: entries(row)[0])
@@ -286,10 +300,12 @@ def _reshaped(x: Any, shape: tuple[int, ...]) -> Any:
 _CUTS: dict[type, Callable[[Any], Rows]] = {
     Packed: _packed,
     LowRank: _low_rank,
+    ConvChain: lambda leaf: Rows(*rows_of_chain(leaf)),
     Quantized: _quantized,
     Codebook: _codebook,
     Rescaled: _rescaled,
     Rotated: _rotated,
+    Sum: _sum,
     BitMasked: _sparse,
     BlockSparse: _sparse,
     NM: _sparse,

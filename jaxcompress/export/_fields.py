@@ -15,15 +15,18 @@ from jaxcompress.arrays import (
     BitMasked,
     BlockSparse,
     Codebook,
+    ConvChain,
     LowRank,
     Packed,
     Quantized,
     Rescaled,
     Rotated,
+    Sum,
     group_pairs,
     hadamard_order,
     is_sparse,
 )
+from jaxcompress.arrays._convolutions import broken_rule
 
 # Class, parts (arrays or nested compressed arrays) and static fields of each kind in a file.
 KINDS: dict[str, tuple[type, tuple[str, ...], tuple[str, ...]]] = {
@@ -33,9 +36,11 @@ KINDS: dict[str, tuple[type, tuple[str, ...], tuple[str, ...]]] = {
     "nm": (NM, ("values", "indices"), ("n", "m", "axis", "shape")),
     "quantized": (Quantized, ("codes", "scale", "zero_point"), ("dtype", "group", "binary")),
     "low_rank": (LowRank, ("u", "v"), ()),
+    "conv_chain": (ConvChain, ("stages",), ("groups",)),
     "codebook": (Codebook, ("codes", "values"), ("dtype",)),
     "rescaled": (Rescaled, ("inner", "scale"), ("dtype",)),
     "rotated": (Rotated, ("inner", "signs"), ("axis", "order", "dtype")),
+    "sum": (Sum, ("parts",), ()),
 }
 
 # What codes and scales of a quantized array may be besides integers and float32.
@@ -65,7 +70,7 @@ def require(holds: Any, rule: str) -> None:
 
 def static_to_json(name: str, value: Any) -> Any:
     """A static field as JSON."""
-    if name in ("shape", "block"):
+    if name in ("shape", "block", "groups"):
         return [int(v) for v in value]
     if name == "group":
         several = value is not None and any(isinstance(v, tuple) for v in value)
@@ -78,7 +83,7 @@ def static_to_json(name: str, value: Any) -> Any:
 
 def static_from_json(name: str, value: Any) -> Any:
     """A static field back from JSON, its type checked."""
-    if name in ("shape", "group", "block"):
+    if name in ("shape", "group", "block", "groups"):
         if name == "group" and value is None:
             return None
         if name == "group" and isinstance(value, list) and value and isinstance(value[0], list):
@@ -207,6 +212,14 @@ def _check_low_rank(x: LowRank) -> None:
     require(x.u.shape[-1] == x.v.shape[0], "`u` and `v` must have the same rank")
 
 
+def _check_conv_chain(x: ConvChain) -> None:
+    require(isinstance(x.stages, tuple) and len(x.stages) > 0, "`stages` must be one or more")
+    real = all(hasattr(s, "dtype") and jnp.issubdtype(s.dtype, jnp.floating) for s in x.stages)
+    require(real, "`stages` must be floating point")
+    fault = broken_rule(x.stages, x.groups)
+    require(fault is None, f"`stages` must {fault}")
+
+
 def _check_codebook(x: Codebook) -> None:
     _require_codes(x.codes)
     vector = _plain(x.values) and x.values.dtype == np.float32 and x.values.ndim == 1
@@ -243,6 +256,15 @@ def _check_rotated(x: Rotated) -> None:
     require(known, f"`order` must divide {length} and be that of a known Hadamard matrix")
 
 
+def _check_sum(x: Sum) -> None:
+    several = isinstance(x.parts, tuple) and len(x.parts) >= 2
+    require(several, "`parts` must be two or more")
+    real = all(hasattr(p, "dtype") and jnp.issubdtype(p.dtype, jnp.floating) for p in x.parts)
+    require(real, "`parts` must be floating point")
+    same = len({(tuple(p.shape), p.dtype) for p in x.parts}) == 1
+    require(same, "`parts` must have one shape and dtype")
+
+
 def _require_inner(x: Any) -> None:
     require(jnp.issubdtype(x.dtype, jnp.floating), "`dtype` must be floating point")
     real = hasattr(x.inner, "dtype") and jnp.issubdtype(x.inner.dtype, jnp.floating)
@@ -257,8 +279,10 @@ _CHECKS = {
     Quantized: _check_quantized,
     LowRank: _check_low_rank,
     Codebook: _check_codebook,
+    ConvChain: _check_conv_chain,
     Rescaled: _check_rescaled,
     Rotated: _check_rotated,
+    Sum: _check_sum,
 }
 
 

@@ -132,15 +132,7 @@ def _encode_compressed(x: Any, path: str, tensors: dict[str, np.ndarray]) -> dic
             _check.message("save", "params", "hold known kinds", type(x).__name__, path=path)
         )
     _, parts, statics = _fields.KINDS[found[0]]
-    nodes = {}
-    for name in parts:
-        part, inner = getattr(x, name), join(path, name)
-        if is_compressed(part):
-            nodes[name] = _encode_compressed(part, inner, tensors)
-        elif part is None:
-            nodes[name] = {"kind": "none"}
-        else:
-            nodes[name] = _encode_array(part, inner, tensors)
+    nodes = {n: _encode_part(getattr(x, n), join(path, n), tensors) for n in parts}
     try:
         _fields.check(x)
         static = {name: _fields.static_to_json(name, getattr(x, name)) for name in statics}
@@ -156,6 +148,17 @@ def _encode_compressed(x: Any, path: str, tensors: dict[str, np.ndarray]) -> dic
             )
         ) from None
     return {"kind": found[0], "static": static, "parts": nodes}
+
+
+def _encode_part(x: Any, path: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    if is_compressed(x):
+        return _encode_compressed(x, path, tensors)
+    if x is None:
+        return {"kind": "none"}
+    if isinstance(x, tuple):
+        items = [_encode_part(part, join(path, i), tensors) for i, part in enumerate(x)]
+        return {"kind": "tuple", "items": items}
+    return _encode_array(x, path, tensors)
 
 
 def _encode_array(x: np.ndarray, path: str, tensors: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -186,6 +186,8 @@ def rule_of(leaf: Any) -> str:
         return f"{_sparse(leaf.codes)}{leaf.values.shape[0]} values"
     if isinstance(leaf, arrays.LowRank):
         return f"rank {leaf.v.shape[0]}"
+    if isinstance(leaf, arrays.Sum):
+        return " + ".join(rule_of(part) for part in leaf.parts)
     if isinstance(leaf, (arrays.Rescaled, arrays.Rotated)):
         return f"{rule_of(leaf.inner)}, {type(leaf).__name__.lower()}"
     return f"{_sparse(leaf)}{jnp.dtype(leaf.dtype).name}"

@@ -61,7 +61,7 @@ def _output_last(x, alone, rest, params):
     rank, spatial = alone.shape[-1], rest.ndim - 3
     first = jnp.moveaxis(rest, -1, 1)[0]
     first = jnp.tile(first, (groups, *(1,) * (first.ndim - 1)))
-    y = _conv(x, first, params, out_spec=params["dimension_numbers"].lhs_spec)
+    y = run_conv(x, first, params, out_spec=params["dimension_numbers"].lhs_spec)
     second = alone.reshape(alone.shape[0], rank, *(1,) * spatial)
     return _pointwise(y, second, params, groups, params["dimension_numbers"].out_spec)
 
@@ -70,7 +70,7 @@ def _input_first(x, alone, rest, params):
     rank, spatial = alone.shape[-1], rest.ndim - 3
     first = jnp.moveaxis(alone, -1, 0).reshape(rank, -1, *(1,) * spatial)
     y = _pointwise(x, first, params, 1, params["dimension_numbers"].lhs_spec)
-    return _conv(y, jnp.moveaxis(rest[:, 0], -1, 1), params)
+    return run_conv(y, jnp.moveaxis(rest[:, 0], -1, 1), params)
 
 
 def _along_first(x, alone, rest, axis, params):
@@ -79,13 +79,13 @@ def _along_first(x, alone, rest, axis, params):
     first = jnp.moveaxis(alone[0], -1, 0)
     first = jnp.tile(first, (features, *(1,) * (first.ndim - 1)))
     along, others = {axis - 2}, set(range(rest.ndim - 3)) - {axis - 2}
-    y = _conv(x, first, params, spatial=along, groups=features, out_spec=numbers.lhs_spec)
+    y = run_conv(x, first, params, spatial=along, groups=features, out_spec=numbers.lhs_spec)
     second = jnp.moveaxis(rest, -1, 2)
     second = second.reshape(second.shape[0], -1, *second.shape[3:])
-    return _conv(y, second, params, spatial=others)
+    return run_conv(y, second, params, spatial=others)
 
 
-def _conv(x, kernel, params, *, spatial=None, groups=None, out_spec=None):
+def run_conv(x, kernel, params, *, spatial=None, groups=None, out_spec=None):
     """The convolution of the equation with another kernel, along some spatial axes only."""
     numbers = params["dimension_numbers"]
     count = kernel.ndim - 2
@@ -117,4 +117,4 @@ def _pointwise(x, kernel, params, groups, out_spec):
         "lhs_dilation": (1,) * (kernel.ndim - 2),
         "rhs_dilation": (1,) * (kernel.ndim - 2),
     }
-    return _conv(x, kernel, plain, groups=groups, out_spec=out_spec)
+    return run_conv(x, kernel, plain, groups=groups, out_spec=out_spec)

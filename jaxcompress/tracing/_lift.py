@@ -30,12 +30,15 @@ def lift(
     ==================  ==============================================================
     low rank            two thinner products, in the cheaper order; two thinner
                         convolutions; the rows of one factor for an embedding
+    kernels in stages   one convolution for each stage; strides, dilations and padding at the
+                        stage along whose axis they are
     int8, one scale     products with the integer codes; the scale multiplies the
     per output or leaf  result. Integer products if `activations` says so
     other codes,        decoded where they are used, by fused elementwise operations;
     sparse, N:M         an embedding decodes only the rows that are asked for
     scaled or rotated   the activations are scaled or rotated first, also before they are
     input features      rounded to integers, then what is inside is multiplied
+    sums                each part by its own rule, and the results added
     ==================  ==============================================================
 
     A leaf is followed through transposes, reshapes, casts, slices and `jit`, `scan` (one layer

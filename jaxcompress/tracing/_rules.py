@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import arrays
-from jaxcompress.tracing import _dot, _moved, _views
+from jaxcompress.tracing import _conv_chain, _dot, _moved, _sums, _views
 from jaxcompress.tracing._blocks import multiply_blocks
 from jaxcompress.tracing._conv import thin_conv
 from jaxcompress.tracing._gather import take
@@ -38,9 +38,16 @@ def apply_rule(
         step_of: None for floating-point products.
     """
     name, others = eqn.primitive.name, values[:operand] + values[operand + 1 :]
+    if isinstance(weight.value, _conv_chain.CHAINS):
+        return _conv_chain.apply_chain(weight, operand, values, eqn, run)
     if name == "dot_general":
+        if _conv_chain.holds_chain(weight.value):
+            return None
         dot, dtype = _dot.read_dot(eqn, operand), eqn.outvars[0].aval.dtype
         return multiply(others[0], weight.value, dot, dtype, step_of, weight.path)
+    if isinstance(weight.value, _sums.SUMS):
+        rule = functools.partial(apply_rule, step_of=step_of)
+        return _sums.apply(weight, operand, values, eqn, run, rule)
     if isinstance(weight.value, _moved.MOVED):
         return _apply_moved(weight, operand, values, eqn, run, step_of)
     value = _unpacked(weight.value)
@@ -100,6 +107,9 @@ def multiply(
     """A matrix product with a compressed array, or with a plain one."""
     if isinstance(value, Joined):
         return _multiply_parts(x, value, dot, dtype, step_of)
+    if isinstance(value, _sums.SUMS):
+        rule = functools.partial(multiply, step_of=step_of, path=path)
+        return _sums.product(x, value, dot, dtype, rule)
     moved = _moved.dot_activations(x, value, dot) if isinstance(value, _moved.MOVED) else None
     if moved is not None:
         step_of = _moved.step_inside(step_of, path)

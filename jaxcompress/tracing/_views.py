@@ -11,7 +11,9 @@ import numpy as np
 
 from jaxcompress import arrays
 from jaxcompress.tracing._blocks import transposed
+from jaxcompress.tracing._conv_chain import MovedChain
 from jaxcompress.tracing._product import Product, of_factors, product_rows, product_view
+from jaxcompress.tracing._sums import SUMS, has_low_rank, sum_rows
 from jaxcompress.tracing._weights import Weight
 
 _VIEWS = frozenset(
@@ -240,6 +242,11 @@ class Rows:
 def rows(weight: Weight) -> Rows | None:
     """A weight cut along its first axis; None where that axis was merged of others."""
     value = weight.value
+    if isinstance(value, MovedChain):
+        return None
+    if isinstance(value, SUMS):
+        cut = sum_rows(weight, rows)
+        return None if cut is None else Rows(*cut)
     if isinstance(value, Product):
         cut = product_rows(value)
         if cut is None:
@@ -264,7 +271,7 @@ def _same(row: jax.Array) -> jax.Array:
 
 def decoded(weight: Weight, dense: Callable[[Weight], jax.Array]) -> jax.Array:
     """Dense by decoding its codes; for a low rank, which has none, as `dense` has it."""
-    if isinstance(weight.value, (Product, arrays.LowRank)):
+    if has_low_rank(weight.value):
         return dense(weight)
     return weight.value.todense()
 

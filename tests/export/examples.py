@@ -11,8 +11,10 @@ from jaxcompress.arrays import (
     Quantized,
     Rescaled,
     Rotated,
+    add,
     bit_mask,
     block_sparse,
+    conv_chain,
     n_m,
     pack_bits,
     with_entries,
@@ -38,6 +40,7 @@ def arrays():
     table = jnp.asarray([0.5, -1.0, 2.0, 3.0], jnp.float32)
     packed = pack_bits(CODES, 2)
     factor = Quantized(jnp.asarray(CODES), jnp.ones((1, 1), jnp.float32), None, F32)
+    kernel = Quantized(jnp.asarray(CODES)[None], jnp.ones((1, 1, 1), jnp.float32), None, F32)
     half = np.dtype(jnp.bfloat16)
     floats = jnp.asarray(DENSE, jnp.float8_e4m3fn)
     values = Codebook(packed, table, F32)
@@ -76,6 +79,8 @@ def arrays():
         "low_rank": LowRank(jnp.asarray(DENSE[:, :2]), jnp.asarray(DENSE[:2])),
         "low_rank_zero": LowRank(jnp.zeros((6, 0)), jnp.zeros((0, 8))),
         "low_rank_quantized": LowRank(factor, jnp.asarray(DENSE.T[:, :3])),
+        "conv_chain": conv_chain([jnp.ones((3, 1, 4, 2)), jnp.ones((1, 3, 2, 5))]),
+        "conv_chain_quantized": conv_chain([jnp.ones((3, 1, 6)), kernel], [6, 1]),
         "codebook": Codebook(packed, table, half),
         "codebook_bytes": Codebook(jnp.asarray(CODES), table, F32),
         "codebook_mask": Codebook(with_entries(mask, CODES, bits=2), table, F32),
@@ -88,6 +93,8 @@ def arrays():
             order=4,
             dtype=F32,
         ),
+        "sum": add(quantized(packed), LowRank(jnp.asarray(DENSE[:, :2]), jnp.asarray(DENSE[:2]))),
+        "sum_dense": add(jnp.asarray(DENSE, half), Codebook(packed, table, half)),
         "codebook_nm": Codebook(with_entries(ragged, CODES, bits=2), table, F32),
     }
 

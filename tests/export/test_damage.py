@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 
 import jaxcompress as jc
 from jaxcompress.arrays import (
+    ConvChain,
     LowRank,
     Packed,
     n_m,
@@ -248,6 +249,13 @@ def crafted_arrays():
         "quantized: codebook of a codebook": change(v, codes=change(v.codes, codes=v.codes)),
         "quantized: nested codes": change(q, codes=q),
         "quantized: dtype": change(q, dtype=np.dtype(np.int8)),
+        "conv chain: features": ConvChain(
+            (np.ones((3, 4, 2), np.float32), np.ones((1, 3, 5), np.float32)), (1, 1)
+        ),
+        "conv chain: extent": ConvChain(
+            (np.ones((3, 4, 2), np.float32), np.ones((3, 2, 5), np.float32)), (1, 1)
+        ),
+        "conv chain: empty": ConvChain((), ()),
         "low rank: rank": LowRank(DENSE[:, :2], DENSE[:3]),
         "low rank: scalar": LowRank(np.float32(1)[...], DENSE),
         "low rank: cube": LowRank(DENSE[:, :2], np.ones((2, 3, 4), np.float32)),

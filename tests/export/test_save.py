@@ -441,6 +441,6 @@ def test_every_kind_of_array_can_be_saved():
     classes.remove(jc.arrays.Rows)  # a view to cut by, not an array
     moved = {jc.arrays.Rescaled, jc.arrays.Rotated}
     plain = {Packed, BitMasked, BlockSparse, NM, Quantized, LowRank, Codebook}
-    assert kinds == classes == plain | moved
+    assert kinds == classes == plain | moved | {jc.arrays.Sum, jc.arrays.ConvChain}
     for cls, parts, statics in _fields.KINDS.values():
         assert [f.name for f in dataclasses.fields(cls)] == [*parts, *statics]
