@@ -18,7 +18,7 @@ from jaxcompress.factorization._basis import (
     side_limit,
     unless_whole,
 )
-from jaxcompress.factorization._decompose import Method, decompose, product
+from jaxcompress.factorization._decompose import SVD, Method, decompose, product
 from jaxcompress.factorization._weighted import root_of
 from jaxcompress.projections import RowRule, Rows
 from jaxcompress.solvers import Layout, mean_inputs
@@ -42,7 +42,7 @@ def whitened_rows(params: PyTree, kept: Mapping[str, Kept], method: Method, cent
         limit = side_limit(w.shape, each.columns)
         return _solved(w, weight, each.knob, each.energy, layout, limit, method)
 
-    return Rows(_never, data, {}, structure=lambda path, chosen: chosen, whole=whole)
+    return Rows(no_rows, data, {}, structure=lambda path, chosen: chosen, whole=whole)
 
 
 def weight_of(
@@ -90,24 +90,49 @@ def _without_nan(w: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(w), jnp.zeros_like(w), w).astype(jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def whitened_factors(
+    w: jax.Array, weight: jax.Array, kept: jax.Array, layout: Layout, limit: int
+) -> tuple[jax.Array, jax.Array]:
+    """The factors u and v of a rank, as matrices, by which the outputs change least."""
+    w = _without_nan(w)
+    found = decompose(weighted_matrix(w, weight, layout), limit, "exact")
+    return _factors(w, _side(found, layout, kept, False), layout)
+
+
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _solved(w, weight, knob, energy: bool, layout: Layout, limit: int, method: Method):
-    """The leaf and its basis. The weight is on rows, or on columns where the last axis is
-    summed over; in both cases the subspace is on the other side, and nothing is inverted."""
-    on_rows, wide = w.ndim - 1 not in layout.axes, is_wide(w.shape)
-    a, matrix = weighted_matrix(w, weight, layout), as_matrix(_without_nan(w))
+    """The leaf and its basis."""
+    wide, w32 = is_wide(w.shape), _without_nan(w)
     # Nearly dependent inputs need all digits of it.
-    found = decompose(a, limit, "exact" if method == "auto" else method)
-    q = found.vt.T if on_rows else found.u
-    q = kept_columns(q, found, knob, energy)
-    new = product(product(matrix, q), q.T) if on_rows else product(q, product(q.T, matrix))
-    if on_rows == wide:
+    how = "exact" if method == "auto" else method
+    found = decompose(weighted_matrix(w32, weight, layout), limit, how)
+    q = _side(found, layout, knob, energy)
+    new = product(*_factors(w32, q, layout))
+    if _on_rows(layout) == wide:
         # The subspace of the new leaf on its shorter side, as `find` gives it.
         other = decompose(new, limit, "gram")
         live = jnp.any(q != 0, axis=0)[None, :]
         q = jnp.where(live, other.u if wide else other.vt.T, 0.0)
-    new = unless_whole(new, matrix, q)
+    new = unless_whole(new, as_matrix(w32), q)
     return new.reshape(w.shape).astype(w.dtype), Basis(q, wide)
+
+
+def _on_rows(layout: Layout) -> bool:
+    """Whether the weight is on rows, or on columns where the last axis is summed over.
+
+    In both cases the subspace is on the other side, and nothing is inverted.
+    """
+    return len(layout.shape) - 1 not in layout.axes
+
+
+def _side(found: SVD, layout: Layout, knob: jax.Array, energy: bool) -> jax.Array:
+    return kept_columns(found.vt.T if _on_rows(layout) else found.u, found, knob, energy)
+
+
+def _factors(w: jax.Array, q: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    matrix = as_matrix(w)
+    return (product(matrix, q), q.T) if _on_rows(layout) else (q, product(q.T, matrix))
 
 
 def _refused(*args: Any) -> Any:
@@ -115,4 +140,4 @@ def _refused(*args: Any) -> Any:
     raise AssertionError("a whole leaf has no rows")
 
 
-_never = RowRule(_refused, _refused)
+no_rows = RowRule(_refused, _refused)

@@ -256,7 +256,7 @@ def pack_leaves(params: PyTree, structure: dict[str, Any]) -> PyTree:
 
     def leaf(path, w):
         if path not in structure:
-            parts = {name for name in structure if name.startswith(f"{path}/")}
+            parts = {name for name in structure if name.startswith(f"{path}/" if path else "")}
             # A compressed array whose own parts were projected, as the factors of a low rank.
             return w if not parts else _pack_parts(path, w)
         s = structure[path]
@@ -277,7 +277,9 @@ def pack_leaves(params: PyTree, structure: dict[str, Any]) -> PyTree:
 
     def _pack_parts(path, w):
         flat, treedef = jax.tree_util.tree_flatten_with_path(w)
-        parts = [leaf(f"{path}/{tree.path_string(part)}", x) for part, x in flat]
+        names = [tree.path_string(part) for part, _ in flat]
+        names = [f"{path}/{name}" if path else name for name in names]
+        parts = [leaf(name, x) for name, (_, x) in zip(names, flat, strict=True)]
         return jax.tree.unflatten(treedef, parts)
 
     return tree.map_with_path(leaf, params)

@@ -9,6 +9,7 @@ import optax
 from jaxcompress import _check
 from jaxcompress._sharding import place_like
 from jaxcompress._types import PyTree
+from jaxcompress.projections._base import is_masked_node
 from jaxcompress.projections._land import apply, land
 from jaxcompress.projections._optax import (
     _optimizer,
@@ -25,6 +26,9 @@ class Reparametrization(NamedTuple):
         init: `params -> latents`, a tree of any structure.
         apply: `latents -> params`, differentiable, with the structure, shapes and dtypes of
             the params that `init` was given.
+        trained: `latents -> tree of Python bool` of their structure: which arrays are trained. The
+            others stay as `init` made them, whatever the optimizer does: it holds
+            `optax.MaskedNode()` in their places. None: all are trained.
 
     Examples:
         Positive weights as exponentials:
@@ -37,6 +41,7 @@ class Reparametrization(NamedTuple):
 
     init: Callable[[PyTree], PyTree]
     apply: Callable[[PyTree], PyTree]
+    trained: Callable[[PyTree], PyTree] | None = None
 
 
 class ReparametrizedState(NamedTuple):
@@ -55,9 +60,9 @@ def reparametrized(
         w_{t+1} = r(z_{t+1})
 
     Args:
-        optimizer: any Optax optimizer. It sees latents and their gradients, and may label
-            them (`optax.partition`) to give some their own learning rate.
-        reparametrization: `init` and `apply`.
+        optimizer: any Optax optimizer. It sees the trained latents and their gradients, and may
+            label them (`optax.partition`) to give some their own learning rate.
+        reparametrization: `init`, `apply` and, where some latents are frozen, `trained`.
 
     Returns:
         A transformation with the state `ReparametrizedState(inner, latent)`;
@@ -89,7 +94,18 @@ def reparametrized(
             )
         )
     inner_optimizer = _optimizer("reparametrized", optimizer)
-    init_latent, from_latent = reparametrization
+    init_latent, from_latent, which = reparametrization
+
+    def split(latent):
+        """The trained latents, and the function that puts the frozen ones back."""
+        if which is None:
+            return latent, lambda trained: trained
+        mask = which(latent)
+        frozen = jax.tree.map(lambda z, t: optax.MaskedNode() if t else z, latent, mask)
+        trained = jax.tree.map(lambda z, t: z if t else optax.MaskedNode(), latent, mask)
+        return trained, lambda trained: jax.tree.map(
+            lambda z, t: t if is_masked_node(z) else z, frozen, trained, is_leaf=is_masked_node
+        )
 
     def to_params(latent, params):
         return jax.tree.map(place_like, from_latent(latent), params)
@@ -97,17 +113,18 @@ def reparametrized(
     def init(params):
         latent = own_copy(init_latent(params), params)
         _require_same_shapes(params, jax.eval_shape(from_latent, latent))
-        return ReparametrizedState(inner_optimizer.init(latent), latent)
+        return ReparametrizedState(inner_optimizer.init(split(latent)[0]), latent)
 
     def update(updates, state, params=None, **extra):
         _require_params("reparametrized", params)
-        dense, pull = jax.vjp(lambda z: to_params(z, params), state.latent)
+        trained, whole = split(state.latent)
+        dense, pull = jax.vjp(lambda z: to_params(whole(z), params), trained)
         cotangents = jax.tree.map(lambda g, w: g.astype(w.dtype), updates, dense)
         (grads,) = pull(cotangents)
-        updates, inner = inner_optimizer.update(grads, state.inner, state.latent, **extra)
+        updates, inner = inner_optimizer.update(grads, state.inner, trained, **extra)
 
         def applied():
-            latent = apply(state.latent, updates)
+            latent = whole(apply(trained, updates))
             return land(params, to_params(latent, params)), ReparametrizedState(inner, latent)
 
         return _when_applied(state.inner, inner, params, updates, applied, state)

@@ -57,6 +57,8 @@ class Rows(NamedTuple):
         whole: `(path, w, gram, layout, statistics) -> (w, chosen)`, of leaves that are projected
             as a whole instead of row by row, as those of low rank: `rule` is not used then.
             `statistics` are those of all sites, whose Gram matrices `gram` sums.
+        joins: static. Whether a `whole` may stand beside other rules of the leaf; `structure` is
+            then asked for when all are through.
     """
 
     rule: RowRule
@@ -66,3 +68,4 @@ class Rows(NamedTuple):
     otherwise: "Callable[[], Rows] | None" = None
     features: Mapping[str, Features] | None = None
     whole: Callable[[str, jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]] | None = None
+    joins: bool = False

@@ -1,6 +1,7 @@
 """Layers projected by the rules of a projection: those of one shape through one program."""
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -83,7 +84,8 @@ def solve(
     for path, (layout, several) in layouts(function, stats, leaves).items():
         gram = gram_of(function, path, several, layout)
         if any(rows.whole for rows in uses[path]):
-            new[path] = _whole_leaf(function, path, leaves[path], gram, layout, several, uses[path])
+            w = leaves[path]
+            new[path] = _in_turn(function, path, w, gram, layout, several, uses[path], how)
             continue
         job = _job(function, path, leaves[path], layout, gram, uses[path], how)
         shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (job.w, job.data))
@@ -94,16 +96,36 @@ def solve(
     return new
 
 
-def _whole_leaf(
-    function, path: str, w: jax.Array, gram, layout: Layout, several, uses: list[Rows]
+def _in_turn(
+    function: str, path: str, w: jax.Array, gram, layout: Layout, several, uses: list[Rows], how
 ) -> Solved:
-    """A leaf that one rule projects as a whole."""
-    if len(uses) > 1 or uses[0].whole is None or uses[0].features:
+    """A leaf that some rule projects as a whole; rules of rows between such are solved together."""
+    if len(uses) > 1 and not all(rows.joins for rows in uses if rows.whole):
         rule = "project a leaf of low rank by that alone where there are statistics"
-        got, fix = "a chain, or other features", "Call jc.compress for one after the other."
+        got = "a chain"
+        fix = (
+            "jc.factorization.low_rank_plus joins low rank with another projection. To quantize"
+            " factors, pack them and calibrate jc.lift(fn)."
+        )
         raise ValueError(_check.message(function, "projection", rule, got, fix, path=path))
-    new, chosen = uses[0].whole(path, w, gram, layout, several)
-    return Solved(new, [chosen])
+    found: list[Any] = []
+    for whole, run in itertools.groupby(uses, lambda rows: rows.whole is not None):
+        rules = list(run)
+        if not whole:
+            job = _job(function, path, w, layout, gram, rules, how)
+            w, structures = _solved([job], how)[path]
+            found += structures
+        for rows in rules if whole else ():
+            w, chosen = rows.whole(path, w, gram, layout, several)  # pyright: ignore[reportOptionalCall]
+            found.append(chosen)
+    if not how.tell:
+        return Solved(w, [])
+    # Those of whole leaves at last: the first of several may wait for what the last has found.
+    told = [
+        rows.structure(path, chosen) if rows.whole and rows.structure else chosen
+        for rows, chosen in zip(uses, found, strict=True)
+    ]
+    return Solved(w, told)
 
 
 def _is_rows(x: Any) -> bool:

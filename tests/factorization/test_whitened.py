@@ -122,7 +122,7 @@ def test_a_singular_gram_matrix_and_nan():
 def test_what_is_not_possible_is_refused():
     params = {"w": jnp.ones((12, 20))}
     stats = jc.calibrate(dense, params, [(f32(X),)], gram=True)
-    with pytest.raises(ValueError, match=r"low rank by that alone.*one after the other"):
+    with pytest.raises(ValueError, match=r"low rank by that alone.*low_rank_plus joins"):
         jc.compress(jc.chain(jc.low_rank(2), jc.quantize(4)), params, stats=stats)
     fn = lambda p, x: jnp.einsum("nd,kd->nk", x.reshape(-1, 12), p["v"].reshape(4, 12))  # noqa: E731
     params = {"v": jnp.ones((4, 3, 4))}
@@ -156,3 +156,43 @@ def test_factors_are_quantized_for_their_own_inputs():
         assert error(new, leaf) < 0.9 * error(rounded, leaf), leaf
     one_by_one = jc.solvers.sequential(p, run, packed, [(mixed,)], order=["w", "v"])
     assert not bool((one_by_one["w"].u == packed["w"].u).all())
+
+
+@pytest.mark.parametrize("name", ["wide", "transposed", "heads"])
+def test_quantized_plus_low_rank_is_the_best_correction_of_what_gptq_leaves(name):
+    fn, shape = LAYERS[name]
+    w = RNG.normal(size=shape)
+    params = {"w": f32(w)}
+    stats = jc.calibrate(fn, params, [(f32(X),)], gram=True)
+    base = jc.quantize(3, ranges=jc.quantization.min_max)
+    p = jc.factorization.low_rank_plus(base, 2)
+    new, structure = jc.compress(p, params, stats=stats, return_structure=True)
+    gptq = jc.compress(base, params, stats=stats)
+
+    def error(new):
+        return np.linalg.norm(outputs(fn, w - np.asarray(new["w"], np.float64)))
+
+    left = w - np.asarray(gptq["w"], np.float64)
+    np.testing.assert_allclose(error(new), best(fn, left, 2), rtol=1e-4)
+    assert error(new) < 0.9 * error(gptq)
+    assert error(new) < error(jc.compress(p, params))
+    np.testing.assert_allclose(p.project(new, structure)["w"], new["w"], atol=1e-5)
+    like = jax.eval_shape(p.find, params)
+    assert jax.tree.structure(structure) == jax.tree.structure(like)
+    packed = p.pack(new, structure)
+    np.testing.assert_allclose(jc.todense(packed)["w"], new["w"], atol=1e-5)
+
+
+def test_sparse_plus_low_rank_for_the_outputs_under_vmap():
+    params = {"w": f32(RNG.normal(size=(12, 20)))}
+    stats = jc.calibrate(dense, params, [(f32(X),)], gram=True)
+
+    def f(rank, sparsity):
+        p = jc.factorization.low_rank_plus(jc.prune(sparsity), rank, max_rank=3)
+        return jc.compress(p, params, stats=stats)["w"]
+
+    several = jax.jit(jax.vmap(f))(jnp.array([0, 1, 3]), jnp.array([0.5, 0.7, 0.9]))
+    for i, (rank, sparsity) in enumerate([(0, 0.5), (1, 0.7), (3, 0.9)]):
+        np.testing.assert_allclose(several[i], f(rank, sparsity), atol=1e-4)
+    sparse = jc.compress(jc.prune(0.5), params, stats=stats)["w"]
+    np.testing.assert_allclose(several[0], sparse, atol=1e-5)
