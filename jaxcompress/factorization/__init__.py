@@ -8,6 +8,7 @@ from jaxcompress.factorization._adapters import split_adapters as split_adapters
 from jaxcompress.factorization._basis import Basis as Basis
 from jaxcompress.factorization._budget import RankAllocation as RankAllocation
 from jaxcompress.factorization._budget import allocate_ranks as allocate_ranks
+from jaxcompress.factorization._convolution import convolution as convolution
 from jaxcompress.factorization._correction import Correction as Correction
 from jaxcompress.factorization._decompose import SVD as SVD
 from jaxcompress.factorization._decompose import svd as svd
@@ -32,6 +33,9 @@ from jaxcompress.factorization._regularizers import orthogonality_penalty as ort
 from jaxcompress.factorization._regularizers import spectral_norm_penalty as spectral_norm_penalty
 from jaxcompress.factorization._robust import RobustPCA as RobustPCA
 from jaxcompress.factorization._robust import robust_pca as robust_pca
+from jaxcompress.factorization._scheme_table import SchemeChoice as SchemeChoice
+from jaxcompress.factorization._scheme_table import SchemeFit as SchemeFit
+from jaxcompress.factorization._scheme_table import convolution_schemes as convolution_schemes
 from jaxcompress.factorization._spectra import budgeted_ranks as budgeted_ranks
 from jaxcompress.factorization._spectra import spectra as spectra
 from jaxcompress.factorization._svd import low_rank as low_rank
