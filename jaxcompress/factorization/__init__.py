@@ -36,6 +36,9 @@ from jaxcompress.factorization._robust import robust_pca as robust_pca
 from jaxcompress.factorization._scheme_table import SchemeChoice as SchemeChoice
 from jaxcompress.factorization._scheme_table import SchemeFit as SchemeFit
 from jaxcompress.factorization._scheme_table import convolution_schemes as convolution_schemes
+from jaxcompress.factorization._slice import Sliced as Sliced
+from jaxcompress.factorization._slice import SlicedStream as SlicedStream
+from jaxcompress.factorization._slice import slice_streams as slice_streams
 from jaxcompress.factorization._spectra import budgeted_ranks as budgeted_ranks
 from jaxcompress.factorization._spectra import spectra as spectra
 from jaxcompress.factorization._svd import low_rank as low_rank

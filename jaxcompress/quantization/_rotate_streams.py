@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcompress import _check, _keys, arrays, tree
 from jaxcompress._dtypes import wide
 from jaxcompress._types import PyTree
-from jaxcompress.tracing import Member, Stream, streams
+from jaxcompress.tracing._folding import folded, turnable
 
 
 def rotate_streams(
@@ -67,41 +66,18 @@ def rotate_streams(
     RMSNorm, for Q keeps the mean; and heads whose values are not reshaped are streams too.
     """
     _check.key("rotate_streams", key)
-    for path, leaf in tree.by_path("rotate_streams", "params", params).items():
-        if arrays.is_compressed(leaf):
-            rule, got = "be dense", _check.describe(leaf)
-            fix = "Rotate first, then compress."
-            raise TypeError(_check.message("rotate_streams", "params", rule, got, fix, path=path))
-    found = streams(fn, params, *args, **kwargs)
-    turning = [stream for stream in found if stream.refused is None]
-    if not turning:
-        raise ValueError(_nothing_turns(found))
+    fix = "See jc.tracing.streams; jc.quantization.rotated covers any model."
+    turning, _ = turnable("rotate_streams", fn, params, args, kwargs, fix)
     leaves = dict(tree.leaves_with_paths(params))
     new = dict(leaves)
     for stream in turning:
         rotation = _rotation(_keys.of_leaf(key, stream.members[0].path), stream.size)
         for member in stream.members:
-            _check.floating("rotate_streams", "params", leaves[member.path], member.path)
-            new[member.path] = _new(wide(new[member.path]), member, leaves, stream, rotation)
+            w = folded("rotate_streams", wide(new[member.path]), member, stream, leaves)
+            new[member.path] = w if member.role == "gain" else _turned(w, rotation, member.axis)
     return tree.map_with_path(
         lambda path, w: w if new[path] is w else new[path].astype(w.dtype), params
     )
-
-
-def _nothing_turns(found: list[Stream]) -> str:
-    rule = "have an axis that only sums, means and norms act on between the weights"
-    reasons = {stream.refused: stream for stream in found[::-1]}
-    got = "; ".join(
-        f"{stream.size} features written by {_writer(stream)}: {reason}"
-        for reason, stream in list(reasons.items())[:4]
-    )
-    fix = "See jc.tracing.streams; jc.quantization.rotated covers any model."
-    return _check.message("rotate_streams", "fn", rule, got or "none", fix)
-
-
-def _writer(stream: Stream) -> str:
-    weights = [m.path for m in stream.members if m.role == "weight" and not m.reads]
-    return repr((weights or [stream.members[0].path])[0])
 
 
 class _Rotation(NamedTuple):
@@ -137,29 +113,9 @@ def _mixed(x: jax.Array, signs, matrix) -> jax.Array:
     return jnp.matmul(x, matrix.T.astype(x.dtype), precision="highest")
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _turned(w, gains: list[jax.Array], rotation: _Rotation, axis: int, divide: bool) -> jax.Array:
-    """A parameter, times its gains or divided by them, turned along an axis."""
-    for gain in gains:
-        w = w / gain.astype(w.dtype) if divide else w * gain.astype(w.dtype)
+@functools.partial(jax.jit, static_argnums=2)
+def _turned(w: jax.Array, rotation: _Rotation, axis: int) -> jax.Array:
     y = _mixed(jnp.moveaxis(w, axis, -1), rotation.signs, rotation.matrix)
     n = rotation.normal.astype(y.dtype)
     y = y - 2 * jnp.multiply.outer(jnp.matmul(y, n, precision="highest"), n)
     return jnp.moveaxis(y, -1, axis)
-
-
-def _new(w: jax.Array, member: Member, leaves: dict[str, Any], stream: Stream, rotation):
-    if member.role == "gain":
-        return jnp.full_like(w, 1.0 - member.shift)
-    others = {m.path: m for m in stream.members}
-    divide, gains = member.role == "offset", []
-    for path in member.gains:
-        gain = wide(leaves[path]) + others[path].shift
-        if divide and not _check.is_traced(gain) and not np.all(gain):
-            rule, got = "have no zeros where an offset follows", f"{int(jnp.sum(gain == 0))} zeros"
-            raise ValueError(_check.message("rotate_streams", "params", rule, got, path=path))
-        shape = [1] * w.ndim
-        shape[: others[path].stacked] = w.shape[: others[path].stacked]
-        shape[member.axis] = stream.size
-        gains.append(gain.reshape(shape))
-    return _turned(w, gains, rotation, member.axis, divide)
