@@ -186,6 +186,29 @@ PROJECTIONS = {
         ("low_rank",),
         tolerance=1e-5,
     ),
+    "low_rank_plus": Row(
+        lambda rank=2, bits=4: jc.factorization.low_rank_plus(
+            jc.quantize(bits), rank, iterations=3, max_rank=4
+        ),
+        {"rank": [0, 1, 3], "bits": [2, 8]},
+        ("low_rank_plus",),
+        tolerance=1e-5,
+    ),
+    "low_rank_plus_sparse": Row(
+        lambda rank=1, sparsity=0.6: jc.factorization.low_rank_plus(
+            jc.prune(sparsity), rank, iterations=3, max_rank=2
+        ),
+        {"rank": [0, 2], "sparsity": [0.3, 0.8]},
+        ("low_rank_plus",),
+        tolerance=1e-5,
+    ),
+    # Matrices alone here: the laws for kernels are in tests/factorization/test_convolution.py.
+    "convolution": Row(
+        lambda rank=2: jc.factorization.convolution(rank, max_rank=4),
+        {"rank": [0, 1, 3]},
+        ("convolution",),
+        tolerance=1e-5,
+    ),
     "low_rank_energy": Row(
         lambda energy=0.8: jc.low_rank(energy=energy),
         {"energy": [0.5, 1.0]},
@@ -273,6 +296,49 @@ TRANSFORMATIONS = {
         {"sparsity": [0.25, 0.75]},
         ("projected",),
         tolerance=1e-5,
+    ),
+    "projected_low_rank_plus": Row(
+        lambda rank=2: jc.projected(
+            _inner(),
+            jc.every(
+                2,
+                jc.factorization.low_rank_plus(jc.prune(0.5), rank, iterations=2, max_rank=2),
+            ),
+        ),
+        {"rank": [1, 2]},
+        ("projected", "low_rank_plus"),
+        tolerance=1e-4,
+    ),
+    "dynamical_low_rank": Row(
+        lambda rank=2: jc.factorization.dynamical_low_rank(_inner(), rank, max_rank=3),
+        {"rank": [1, 3]},
+        ("dynamical_low_rank",),
+        tolerance=1e-4,
+    ),
+    "dynamical_low_rank_tolerance": Row(
+        lambda tolerance=0.3: jc.factorization.dynamical_low_rank(
+            _inner(), tolerance=tolerance, max_rank=3
+        ),
+        {"tolerance": [0.1, 0.4]},
+        ("dynamical_low_rank",),
+        tolerance=1e-4,
+    ),
+    "lora": Row(
+        lambda rank=2, alpha=4.0: jc.reparametrized(
+            _inner(),
+            jc.factorization.lora(rank, alpha=alpha, key=jax.random.key(0), max_rank=3),
+        ),
+        {"rank": [1, 3], "alpha": [0.5, 4.0]},
+        ("reparametrized", "lora"),
+        tolerance=1e-5,
+    ),
+    "pissa": Row(
+        lambda rank=2: jc.reparametrized(
+            _inner(), jc.factorization.lora(rank, init="pissa", max_rank=3, train_others=True)
+        ),
+        {"rank": [1, 3]},
+        ("reparametrized", "lora"),
+        tolerance=1e-4,
     ),
     "projected_low_rank": Row(
         lambda rank=2: jc.projected(_inner(), jc.every(2, jc.low_rank(rank, max_rank=4))),

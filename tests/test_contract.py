@@ -57,7 +57,7 @@ def test_every_public_name_is_in_a_table():
     rooms = {"rigl", "sparse_evolution", "top_kast", "from_masks", "as_is"}  # as jc.pruning.…
     rooms |= {"powerpropagation", "hard_concrete"}
     rooms |= {"floats", "fp8", "mx", "nvfp4", "nf4"}
-    rooms |= {"hqq", "galore"}
+    rooms |= {"hqq", "galore", "convolution", "dynamical_low_rank", "lora", "low_rank_plus"}
     rooms |= {"smoothed", "rescaled", "awq", "rotated"}
     rooms |= {"stochastic", "parq", "learned_steps", "learned_codebook", "round_gradients"}
     assert public == (covered - rooms) | elsewhere

@@ -12,9 +12,12 @@ from jaxcompress.factorization._convolution import convolution as convolution
 from jaxcompress.factorization._correction import Correction as Correction
 from jaxcompress.factorization._decompose import SVD as SVD
 from jaxcompress.factorization._decompose import svd as svd
+from jaxcompress.factorization._dynamical import DynamicalState as DynamicalState
+from jaxcompress.factorization._dynamical import dynamical_low_rank as dynamical_low_rank
 from jaxcompress.factorization._galore import GaloreState as GaloreState
 from jaxcompress.factorization._galore import galore as galore
 from jaxcompress.factorization._importance import measured_importance as measured_importance
+from jaxcompress.factorization._integrator import DynamicalFactors as DynamicalFactors
 from jaxcompress.factorization._lora import lora as lora
 from jaxcompress.factorization._noise_ranks import evbmf_rank as evbmf_rank
 from jaxcompress.factorization._noise_ranks import gavish_donoho_rank as gavish_donoho_rank

@@ -9,6 +9,10 @@ from jaxcompress.report._quantization import Quantization as Quantization
 from jaxcompress.report._quantization import QuantizedLeaf as QuantizedLeaf
 from jaxcompress.report._quantization import QuantizedSite as QuantizedSite
 from jaxcompress.report._quantization import quantization as quantization
+from jaxcompress.report._rank_figure import rank_figure as rank_figure
+from jaxcompress.report._ranks import RankRow as RankRow
+from jaxcompress.report._ranks import Ranks as Ranks
+from jaxcompress.report._ranks import ranks as ranks
 from jaxcompress.report._summary import LeafRow as LeafRow
 from jaxcompress.report._summary import Summary as Summary
 from jaxcompress.report._summary import summary as summary
