@@ -88,8 +88,8 @@ def dynamical_low_rank(
             has fewer than two dimensions; no leaf is chosen; `update` without `params`.
         TypeError: a chosen leaf is not real floating point.
 
-    Cost: with R = `max_rank` one `svd` per leaf in `init`; each step four products O(m n R), QR
-    decompositions O((m + n) R^2) and SVDs O(R^3). Memory: (m + n + R) R numbers for the factors
+    Cost: with R = `max_rank` one `svd` per leaf in `init`; each step four products O(m n R), SVDs
+    O((m + n) R^2) and O(R^3). Memory: (m + n + R) R numbers for the factors
     and (m + n + 2 R) R for each moment. Put `optax.MultiSteps` around it: inside, the corners
     that are added up belong to different bases.
 

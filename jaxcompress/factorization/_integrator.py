@@ -171,8 +171,19 @@ def _rank(found: SVD, knob: jax.Array, adaptive: bool) -> jax.Array:
 
 
 def _orthonormal(y: jax.Array) -> jax.Array:
-    """As many orthonormal columns as fit; those that depend on others become any that do not."""
-    return lax.stop_gradient(jnp.linalg.qr(lax.stop_gradient(y))[0]) if y.size else y
+    """As many orthonormal columns as fit, each near its own; those that depend on others become
+    any that do not.
+
+    The polar factor of the normalized columns. Whatever these span, the columns at their places
+    span too. A QR decomposition would do as well, but under `vmap` in a loop XLA's thread pool for
+    CPUs waits for ever on it (JAX 0.10, two cores).
+    """
+    y = lax.stop_gradient(y)[:, : y.shape[0]]
+    if not y.size:
+        return y
+    length = jnp.linalg.norm(y, axis=0, keepdims=True)
+    u, _, vt = jnp.linalg.svd(y / jnp.where(length == 0, 1.0, length), full_matrices=False)
+    return lax.stop_gradient(product(u, vt))
 
 
 def _outside(y: jax.Array, q: jax.Array) -> jax.Array:
