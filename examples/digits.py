@@ -5,12 +5,13 @@ import itertools
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from sklearn.datasets import load_digits
@@ -44,6 +45,30 @@ def logits(params: dict[str, Any], x: jax.Array) -> jax.Array:
         x = jax.nn.relu(x) if i else x
         x = x @ params[f"layer{i}"]["kernel"] + params[f"layer{i}"]["bias"]
     return x
+
+
+def trained(
+    optimizer: optax.GradientTransformation,
+    loss: Callable[..., jax.Array],
+    params: dict[str, Any],
+    x: jax.Array,
+    y: jax.Array,
+    order: jax.Array,
+    steps: int,
+    batch: int,
+) -> tuple[dict[str, Any], Any]:
+    """Params and the optimizer's state after so many steps, on images drawn by the key `order`."""
+
+    def step(carry, key):
+        params, state = carry
+        chosen = jax.random.randint(key, (batch,), 0, len(x))
+        grads = jax.grad(loss)(params, x[chosen], y[chosen])
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    # The count of steps depends on no seed: under `vmap` it stays one clock for all.
+    keys = jax.random.split(order, steps)
+    return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0]
 
 
 def standard_error(accuracy: np.ndarray) -> np.ndarray:

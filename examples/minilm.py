@@ -68,7 +68,8 @@ class Layer(nnx.Module):
         weights = jax.nn.softmax(jnp.where(together, logits, -jnp.inf))
         mixed = jnp.einsum("hqk,khd->qhd", weights, v).reshape(-1, WIDTH)
         x = self.attention_norm(x + self.out(mixed))
-        return self.norm(x + self.down(jax.nn.gelu(self.up(x), approximate=False)))
+        x = self.norm(x + self.down(jax.nn.gelu(self.up(x), approximate=False)))
+        return jc.name(x, "layer")
 
 
 class Encoder(nnx.Module):
@@ -147,6 +148,13 @@ def pack(sentences: list[str]) -> Packed:
         jnp.asarray(np.concatenate([np.arange(len(row)) for row in rows])),
         jnp.asarray(np.repeat(np.arange(len(rows)), [len(row) for row in rows])),
     )
+
+
+def whole_words() -> np.ndarray:
+    """The numbers of words that are no parts of others, without those of one letter."""
+    words = Tokenizer.from_file(str(folder() / "tokenizer.json")).get_vocab()
+    found = (i for word, i in words.items() if word.isascii() and word.isalpha() and len(word) > 1)
+    return np.sort(np.fromiter(found, np.int32))
 
 
 def sentences() -> tuple[list[str], list[str]]:

@@ -152,17 +152,7 @@ def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.n
         start, order, own = jax.random.split(jax.random.key(seed), 3)
         params = digits.initial(start, SIZES)
         opt = method(Setting(sparsity, steps, own, params, [(x[:256], y[:256])]))
-
-        def step(carry, key):
-            params, state = carry
-            chosen = jax.random.randint(key, (BATCH,), 0, len(x))
-            grads = jax.grad(loss)(params, x[chosen], y[chosen])
-            updates, state = opt.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        # The count of steps depends on no seed: under `vmap` it stays one clock for all.
-        keys = jax.random.split(order, steps)
-        (params, _), _ = jax.lax.scan(step, (params, opt.init(params)), keys)
+        params, _ = digits.trained(opt, loss, params, x, y, order, steps, BATCH)
         alive = sum(jnp.sum(layer["kernel"] != 0) for layer in params.values())
         return jnp.mean(digits.logits(params, x_test).argmax(-1) == y_test), alive
 

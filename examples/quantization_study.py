@@ -114,16 +114,7 @@ def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.n
         start, order = jax.random.split(jax.random.key(seed))
         params = digits.initial(start, SIZES)
         opt = method.optimizer(steps)
-
-        def step(carry, key):
-            params, state = carry
-            chosen = jax.random.randint(key, (BATCH,), 0, len(x))
-            grads = jax.grad(loss)(params, x[chosen], y[chosen])
-            updates, state = opt.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        keys = jax.random.split(order, steps)
-        (params, _), _ = jax.lax.scan(step, (params, opt.init(params)), keys)
+        params, _ = digits.trained(opt, loss, params, x, y, order, steps, BATCH)
         return jnp.mean(fn(params, x_test).argmax(-1) == y_test), params
 
     accuracy, params = jax.jit(jax.vmap(run))(jnp.asarray(seeds))

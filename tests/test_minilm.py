@@ -15,6 +15,7 @@ from tests.test_examples import user_environment
 EXAMPLES = pathlib.Path(jc.__file__).parents[1] / "examples"
 RESULTS = EXAMPLES / "minilm_pruning_results.json"
 QUANTIZED = EXAMPLES / "minilm_quantization_results.json"
+FACTORIZED = EXAMPLES / "minilm_low_rank_results.json"
 # Mean cosines of a plain PyTorch implementation of each paper, in the same setting.
 PLAIN = {"magnitude": 0.735, "Wanda": 0.874, "SparseGPT": 0.907, "SparseGPT, 2:4": 0.843}
 
@@ -109,6 +110,36 @@ def test_the_committed_record_of_quantization():
         assert row["size"] <= (0.27 if "int8" in way else 0.17), way
 
 
+# What a plain implementation reaches, and what ours has to.
+TRUNCATED = {"80%, truncated SVD": 0.6, "50%, truncated SVD": 0.4}
+WHITENED = {"80%, whitened": 0.86, "50%, whitened": 0.72}
+
+
+@needs_model
+def test_whitened_factors(tmp_path):
+    found, shown = quick("minilm_low_rank.py", tmp_path)
+    assert found.keys() == (TRUNCATED | WHITENED).keys()
+    for way, cosine in (TRUNCATED | WHITENED).items():
+        assert found[way]["cosine"] > cosine, way
+        assert found[way]["parameters"] <= (0.8 if "80%" in way else 0.5)
+        assert way in shown
+
+
+def test_the_committed_record_of_factors():
+    rows = {row["way"]: row for row in json.loads(FACTORIZED.read_text())["rows"]}
+    found = {way: row["cosine"] for way, row in rows.items()}
+    for share in ("80%", "50%"):
+        whitened = f"{share}, whitened"
+        measured = f"{whitened}, measured budget"
+        assert found[whitened] > max(WHITENED[whitened], found[f"{share}, truncated SVD"] + 0.2)
+        assert found[measured] > found[whitened] + 0.05
+        assert found[f"{measured}, distilled"] > found[measured]
+        assert found[f"{whitened}, distilled"] > found[whitened] + 0.03
+    assert found["80%, whitened, measured budget, distilled"] > 0.95
+    for way, row in rows.items():
+        assert row["parameters"] <= (0.8 if "80%" in way else 0.5), way
+
+
 def cells(name):
     """The cells of a table of the README."""
     text = (EXAMPLES.parent / "README.md").read_text()
@@ -124,4 +155,8 @@ def test_the_readme_shows_the_committed_records():
     assert cells(QUANTIZED.name) == [
         [row["way"], f"{row['cosine']:.4f}", f"{row['size']:.3f}"]
         for row in json.loads(QUANTIZED.read_text())["rows"]
+    ]
+    assert cells(FACTORIZED.name) == [
+        [row["way"], f"{row['parameters']:.1%}", f"{row['cosine']:.3f}", f"{row['seconds']:.0f}"]
+        for row in json.loads(FACTORIZED.read_text())["rows"]
     ]

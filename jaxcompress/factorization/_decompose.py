@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcompress import _check
 from jaxcompress._dtypes import wide
+from jaxcompress.factorization import _lapack as lapack
 
 Method = Literal["auto", "exact", "gram", "randomized"]
 
@@ -156,7 +157,7 @@ def decompose(
     scale = 1 / jnp.where(largest > 0, largest, jnp.ones_like(largest))
     rest = jnp.zeros((*w.shape[:-2], 0), w.dtype)
     if method == "exact":
-        u, s, vt = jnp.linalg.svd(w * scale, full_matrices=False)
+        u, s, vt = lapack.svd(w * scale)
         u, s, vt, rest = u[..., :r], s[..., :r], vt[..., :r, :], s[..., r:]
     else:
         tall = m > n
@@ -201,7 +202,7 @@ def _products(w: jax.Array, scale: jax.Array, turned: bool) -> _Products:
 
 def _leading(w: jax.Array, r: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The triplets of a matrix with at most as many rows as columns."""
-    _, vectors = jnp.linalg.eigh(product(w, _t(w)))
+    _, vectors = lapack.eigh(product(w, _t(w)))
     u = vectors[..., ::-1][..., :r]
     rows = product(_t(u), w)
     s = jnp.sqrt(jnp.sum(jnp.square(rows), axis=-1))
@@ -251,7 +252,7 @@ def orthonormal(y: jax.Array) -> jax.Array:
         gram = product(_t(y), y)
         size = jnp.sqrt(jnp.maximum(jnp.diagonal(gram, axis1=-2, axis2=-1), 0.0))
         inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1.0), 0.0)
-        values, vectors = jnp.linalg.eigh(gram * inverse[..., None] * inverse[..., None, :])
+        values, vectors = lapack.eigh(gram * inverse[..., None] * inverse[..., None, :])
         noise = y.shape[-1] * jnp.finfo(y.dtype).eps * values[..., -1:]
         root = jnp.where(values > noise, jax.lax.rsqrt(jnp.maximum(values, noise)), 0.0)
         y = product(y, inverse[..., None] * vectors * root[..., None, :])

@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxcompress import arrays
+from jaxcompress.factorization import _lapack as lapack
 from jaxcompress.factorization._basis import as_matrix
 from jaxcompress.factorization._decompose import SVD, decompose, product
 from jaxcompress.factorization._ranks import count_above, largest, unit_of
@@ -175,14 +176,13 @@ def _orthonormal(y: jax.Array) -> jax.Array:
     any that do not.
 
     The polar factor of the normalized columns. Whatever these span, the columns at their places
-    span too. A QR decomposition would do as well, but under `vmap` in a loop XLA's thread pool for
-    CPUs waits for ever on it (JAX 0.10, two cores).
+    span too. A QR decomposition would do as well, but see `_lapack`.
     """
     y = lax.stop_gradient(y)[:, : y.shape[0]]
     if not y.size:
         return y
     length = jnp.linalg.norm(y, axis=0, keepdims=True)
-    u, _, vt = jnp.linalg.svd(y / jnp.where(length == 0, 1.0, length), full_matrices=False)
+    u, _, vt = lapack.svd(y / jnp.where(length == 0, 1.0, length))
     return lax.stop_gradient(product(u, vt))
 
 
@@ -210,5 +210,5 @@ def _aligned(new: jax.Array, old: jax.Array, rank: jax.Array) -> jax.Array:
         return new
     live = jnp.arange(new.shape[1], dtype=jnp.int32) < rank
     both = live[:, None] & live[None, :]
-    left, _, right = jnp.linalg.svd(jnp.where(both, product(new.T, old), jnp.eye(len(live))))
+    left, _, right = lapack.svd(jnp.where(both, product(new.T, old), jnp.eye(len(live))))
     return _live(product(new, product(left, right)), rank)

