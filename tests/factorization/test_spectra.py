@@ -126,6 +126,13 @@ def test_costs():
     np.testing.assert_allclose(run, float(found.cost) - sum(s.flops for s in sites), rtol=1e-5)
 
 
+def test_importance_moves_ranks():
+    def rank(importance):
+        return int(budgeted_ranks(PARAMS, 0.5, importance=importance).ranks["c"])
+
+    assert rank({"c": 1e-4}) < rank(None) < rank({"c": 1e4})
+
+
 def test_aligned_ranks():
     ranks = budgeted_ranks(PARAMS, 0.7, align=4).ranks
     full = {"a/kernel": 12, "b/kernel": 6, "c": 12}
