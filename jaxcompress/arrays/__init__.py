@@ -42,3 +42,4 @@ from jaxcompress.arrays._rows import rows as rows
 from jaxcompress.arrays._rows import take_rows as take_rows
 from jaxcompress.arrays._sum import Sum as Sum
 from jaxcompress.arrays._sum import add as add
+from jaxcompress.arrays._sum import total as total

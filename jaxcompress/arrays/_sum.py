@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -85,7 +86,7 @@ def add(*parts: Any) -> Sum:
     return Sum(tuple(flat))
 
 
-def total(dense: list[jax.Array], dtype: Any) -> jax.Array:
+def total(dense: Sequence[jax.Array], dtype: Any) -> jax.Array:
     """The sum of dense arrays, in float32 or wider, sharded as the first of them."""
     first, *others = (wide(x) for x in dense)
     placed = [first, *(place_like(x, first) for x in others)]

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcompress import arrays
 from jaxcompress._sharding import automatic
+from jaxcompress.factorization import _lapack as lapack
 from jaxcompress.factorization._basis import as_matrix
 from jaxcompress.factorization._decompose import decompose, product
 from jaxcompress.factorization._tucker import leading
@@ -184,7 +185,7 @@ def _held(factors: list[jax.Array]) -> CP:
     *spatial, inputs = [_unit(f) for f in factors]
     k = khatri_rao([*spatial, inputs])
     gram = product(k.T, k)
-    values, vectors = jnp.linalg.eigh(gram)
+    values, vectors = lapack.eigh(gram)
     noise = max(_DEPENDENT, gram.shape[0] * float(jnp.finfo(k.dtype).eps))
     noise = noise * jnp.max(values, initial=0.0)
     root = jnp.where(values > noise, jax.lax.rsqrt(jnp.maximum(values, noise)), 0.0)

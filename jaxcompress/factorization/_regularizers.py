@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxcompress import arrays, tree
 from jaxcompress._sharding import automatic
 from jaxcompress._types import PyTree
+from jaxcompress.factorization import _lapack as lapack
 from jaxcompress.factorization._basis import as_matrix, require_matrix
 from jaxcompress.factorization._decompose import product
 from jaxcompress.factorization._proximal import singular_values_mapped
@@ -163,7 +164,7 @@ def _half_squared_spectral_norm(matrix: jax.Array) -> jax.Array:
     held = held * (1 / jnp.where(top > 0, top, 1.0))
     wide = matrix.shape[0] <= matrix.shape[1]
     gram = product(held, held.T) if wide else product(held.T, held)
-    first = jnp.linalg.eigh(gram)[1][:, -1]
+    first = lapack.eigh(gram)[1][:, -1]
     # With the vector held, the gradient of this square is the one of the singular value.
     image = product(first[None, :], matrix) if wide else product(matrix, first[:, None])
     return 0.5 * jnp.sum(jnp.square(image))

@@ -9,6 +9,7 @@ import numpy as np
 from jaxcompress import _check
 from jaxcompress._dtypes import wide
 from jaxcompress._types import Numeric
+from jaxcompress.factorization import _lapack as lapack
 from jaxcompress.factorization._basis import column_limit
 from jaxcompress.factorization._decompose import (
     Method,
@@ -197,7 +198,7 @@ def root_of(weight: jax.Array, offset: jax.Array | None = None) -> Root:
         return Root(jnp.sqrt(weight), None, jnp.ones_like(weight), offset)
     side = jnp.sqrt(jnp.maximum(jnp.diagonal(weight), 0.0))
     inverse = jnp.where(side > 0, 1 / jnp.where(side > 0, side, jnp.ones_like(side)), 0.0)
-    values, vectors = jnp.linalg.eigh(weight * inverse[:, None] * inverse[None, :])
+    values, vectors = lapack.eigh(weight * inverse[:, None] * inverse[None, :])
     return Root(side, vectors, jnp.sqrt(jnp.maximum(values, 0.0)), offset)
 
 

@@ -11,9 +11,7 @@ import numpy as np
 
 from jaxcompress import arrays
 from jaxcompress.tracing._conv import run_conv
-from jaxcompress.tracing._weights import Weight
-
-_SAME = frozenset("copy copy_p name sharding_constraint reshard mesh_cast".split())
+from jaxcompress.tracing._weights import Weight, part_by_part
 
 
 @functools.partial(
@@ -72,12 +70,9 @@ def moved(value: Any) -> MovedChain:
 def chain_view(value: Any, eqn: Any, run: Callable[..., Any]) -> Any:
     """What an equation that only views makes of a chain; None without a rule."""
     name, view = eqn.primitive.name, moved(value)
-    if name in _SAME:
-        return value
-    if name in ("pvary", "pcast", "pbroadcast"):
-        return jax.tree.map(lambda part: run([part])[0][0], value)
-    if name == "stop_gradient":
-        return jax.tree.map(jax.lax.stop_gradient, value)
+    alike = part_by_part(value, name, run)
+    if alike is not None:
+        return alike
     if name == "convert_element_type":
         dtype = np.dtype(eqn.outvars[0].aval.dtype)
         floating = jnp.issubdtype(dtype, jnp.floating)

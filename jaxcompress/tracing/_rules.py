@@ -16,9 +16,7 @@ from jaxcompress.tracing._conv import thin_conv
 from jaxcompress.tracing._gather import take
 from jaxcompress.tracing._joined import Joined
 from jaxcompress.tracing._product import Product
-from jaxcompress.tracing._weights import Weight
-
-_ELEMENTWISE = frozenset("add sub mul div max min".split())
+from jaxcompress.tracing._weights import ARITHMETIC, Weight
 
 StepOf = Callable[[jax.Array, _dot.Dot], jax.Array] | None
 """From activations and how they are joined with a weight to their integer step."""
@@ -63,7 +61,7 @@ def apply_rule(
     if name == "gather" and operand == 0:
         rows = take(weight.value, others[0], eqn)
         return rows if rows is not None or low_rank else decoded()
-    if name in _ELEMENTWISE and not low_rank:
+    if name in ARITHMETIC and not low_rank:
         return decoded()
     if name == "ragged_dot_general" and operand == 1:
         return _ragged(others, _views.as_product(value), eqn) if low_rank else decoded()
@@ -92,7 +90,7 @@ def _apply_moved(
         rows = take(value, others[0], eqn)
         if rows is not None:
             return rows
-    decoding = _ELEMENTWISE | {"conv_general_dilated", "gather", "ragged_dot_general"}
+    decoding = ARITHMETIC | {"conv_general_dilated", "gather", "ragged_dot_general"}
     if name in decoding:
         return run([*values[:operand], value.todense(), *values[operand + 1 :]])[0][0]
     viewed = _moved.moved_view(value, eqn, others, run) if operand == 0 else None

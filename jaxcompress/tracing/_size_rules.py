@@ -249,6 +249,12 @@ def _is_depthwise(eqn: Any) -> bool:
     return 1 != eqn.params["feature_group_count"] == features
 
 
+def _indexed(indices, places, batched, sizes, why) -> None:
+    """Each index has a place of its own; what it points at has the size that it had."""
+    sizes.unite(indices[:-1], places, why)
+    sizes.keep([*indices[-1:], *(indices[d] for d in batched)], why)
+
+
 def _gathered(eqn, ins, outs, sizes, why) -> None:
     numbers, cut = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     (table, indices), (out,) = ins, outs
@@ -262,9 +268,7 @@ def _gathered(eqn, ins, outs, sizes, why) -> None:
         whole = cut[d] == sizes.old(table[d]) and d not in numbers.start_index_map
         _whole(whole, table[d], out[place], sizes, why)
     rest = [a for d, a in enumerate(out) if d not in numbers.offset_dims]
-    sizes.unite(indices[:-1], rest, why)
-    sizes.keep(indices[-1:], why)
-    sizes.keep([indices[d] for d in numbers.start_indices_batching_dims], why)
+    _indexed(indices, rest, numbers.start_indices_batching_dims, sizes, why)
 
 
 def _scattered(eqn, ins, outs, sizes, why) -> None:
@@ -279,9 +283,7 @@ def _scattered(eqn, ins, outs, sizes, why) -> None:
         whole = whole and d not in numbers.scatter_dims_to_operand_dims
         _whole(whole, table[d], updates[place], sizes, why)
     rest = [a for d, a in enumerate(updates) if d not in numbers.update_window_dims]
-    sizes.unite(indices[:-1], rest, why)
-    sizes.keep(indices[-1:], why)
-    sizes.keep([indices[d] for d in numbers.scatter_indices_batching_dims], why)
+    _indexed(indices, rest, numbers.scatter_indices_batching_dims, sizes, why)
 
 
 def _barrier(eqn, ins, outs, sizes, why) -> None:

@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import arrays
-from jaxcompress._dtypes import wide
-from jaxcompress._sharding import place_like
 from jaxcompress.tracing._conv_chain import CHAINS
 from jaxcompress.tracing._dot import Dot
 from jaxcompress.tracing._dot import wide as wide_dtype
 from jaxcompress.tracing._product import Product
-from jaxcompress.tracing._weights import Weight
+from jaxcompress.tracing._weights import ARITHMETIC, KEPT, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -41,7 +39,7 @@ class Summed:
 
     def todense(self) -> jax.Array:
         """The sum, dense."""
-        return added([_dense(part) for part in self.parts], self.dtype)
+        return arrays.total([_dense(part) for part in self.parts], self.dtype)
 
 
 SUMS = (arrays.Sum, Summed)
@@ -49,12 +47,13 @@ SUMS = (arrays.Sum, Summed)
 # From an operation that is linear in a weight, and whose rules take it, to its operands.
 _LINEAR = {"conv_general_dilated": (1,), "ragged_dot_general": (1,), "gather": (0,)}
 _LINEAR |= dict.fromkeys(
-    "transpose reshape squeeze expand_dims broadcast_in_dim rev slice dynamic_slice copy copy_p"
-    " name sharding_constraint reshard mesh_cast pvary pcast pbroadcast stop_gradient"
-    " convert_element_type".split(),
+    [
+        *"transpose reshape squeeze expand_dims broadcast_in_dim rev slice dynamic_slice".split(),
+        *"pvary pcast pbroadcast stop_gradient convert_element_type".split(),
+        *KEPT,
+    ],
     (0,),
 )
-_ELEMENTWISE = frozenset("add sub mul div max min".split())
 
 
 def apply(
@@ -75,7 +74,7 @@ def apply(
     def with_operand(value):
         return [*values[:operand], value, *values[operand + 1 :]]
 
-    if name in _ELEMENTWISE and not has_low_rank(weight.value):
+    if name in ARITHMETIC and not has_low_rank(weight.value):
         return run(with_operand(weight.value.todense()))[0][0]
     if operand not in _LINEAR.get(name, ()) or not _fills_once(eqn):
         return None
@@ -116,15 +115,7 @@ def product(
     """
     fine = wide_dtype(dtype) if jnp.issubdtype(dtype, jnp.floating) else dtype
     kept = dot._replace(params=dot.params | {"preferred_element_type": fine})
-    return added([multiply(x, part, kept, fine) for part in value.parts], dtype)
-
-
-def added(results: Sequence[jax.Array], dtype: Any) -> jax.Array:
-    """The sum in float32 or wider, cast once."""
-    first, *others = (wide(x) for x in results)
-    for other in others:
-        first = first + place_like(other, first)
-    return first.astype(dtype)
+    return arrays.total([multiply(x, part, kept, fine) for part in value.parts], dtype)
 
 
 def sum_rows(
@@ -156,7 +147,7 @@ def sum_rows(
 def _again(results: Sequence[Any], path: str, dtype: Any) -> Any:
     """The sum of arrays, or of weights and arrays, of which nothing is made dense."""
     if not any(isinstance(r, Weight) for r in results):
-        return added(results, dtype)
+        return arrays.total(results, dtype)
     parts = tuple(r.value if isinstance(r, Weight) else r for r in results)
     # A sum again where no part is a mere view.
     held = all(arrays.is_compressed(p) or not hasattr(type(p), "todense") for p in parts)

@@ -14,7 +14,7 @@ from jaxcompress.tracing._blocks import transposed
 from jaxcompress.tracing._conv_chain import MovedChain
 from jaxcompress.tracing._product import Product, of_factors, product_rows, product_view
 from jaxcompress.tracing._sums import SUMS, has_low_rank, sum_rows
-from jaxcompress.tracing._weights import Weight
+from jaxcompress.tracing._weights import Weight, part_by_part
 
 _VIEWS = frozenset(
     "transpose reshape squeeze expand_dims broadcast_in_dim rev slice dynamic_slice".split()
@@ -68,12 +68,9 @@ def view(value: Any, eqn: Any, others: list[Any], run: Callable[..., Any]) -> An
     """
     name = eqn.primitive.name
     out = eqn.outvars[0].aval
-    if name in ("copy", "copy_p", "name", "sharding_constraint", "reshard", "mesh_cast"):
-        return value
-    if name in ("pvary", "pcast", "pbroadcast"):
-        return jax.tree.map(lambda part: run([part])[0][0], value)
-    if name == "stop_gradient":
-        return jax.tree.map(jax.lax.stop_gradient, value)
+    alike = part_by_part(value, name, run)
+    if alike is not None:
+        return alike
     if name == "convert_element_type":
         return cast(value, out.dtype)
     if name in ("slice", "dynamic_slice") and not isinstance(value, (Product, arrays.LowRank)):
