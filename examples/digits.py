@@ -1,7 +1,10 @@
 """What the studies on handwritten digits share: the data, the network, and how they tell."""
 
+import argparse
 import importlib.metadata
 import itertools
+import json
+import pathlib
 import platform
 import sys
 import time
@@ -14,6 +17,7 @@ import numpy as np
 import optax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -94,6 +98,56 @@ def in_turn(names: Sequence[str], shown: Console, seconds: dict[str, float]) -> 
             yield name
             seconds[name] = round(time.perf_counter() - began, 1)
             progress.advance(task)
+
+
+def parser(doc: str, methods: Sequence[str]) -> argparse.ArgumentParser:
+    """The options of all studies."""
+    made = argparse.ArgumentParser(description=doc.splitlines()[0])
+    made.add_argument("--steps", type=int, default=1000, help="training steps of each model")
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    made.add_argument("--only", nargs="+", choices=list(methods), default=list(methods))
+    return made
+
+
+def table(found: dict[str, np.ndarray], first: str, columns: Sequence[str]) -> Table:
+    """Mean and standard error over the seeds, the last axis, in percent."""
+    made = Table(title="test accuracy, %: mean and standard error")
+    made.add_column(first)
+    for column in columns:
+        made.add_column(column, justify="right")
+    for name, accuracy in found.items():
+        several = accuracy.reshape(len(columns), -1)
+        cells = zip(several.mean(-1), standard_error(several), strict=True)
+        made.add_row(name, *(f"{100 * mean:.1f} ± {100 * error:.1f}" for mean, error in cells))
+    return made
+
+
+def run(
+    doc: str,
+    methods: dict[str, Any],
+    study: Callable[..., np.ndarray],
+    shown: Callable[[dict[str, np.ndarray]], Table],
+    **settings: Any,
+) -> None:
+    """A study with its options: runs all methods, prints the table, writes the record.
+
+    `study` takes the name of a method, the data, steps and seeds, and gives the accuracies.
+    """
+    made = parser(doc, list(methods))
+    made.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results.json"))
+    made.add_argument("--quick", action="store_true", help="20 steps of 2 seeds")
+    options = made.parse_args()
+    if options.quick:
+        options.steps, options.seeds = 20, [0, 1]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    start, data, screen = time.perf_counter(), load(), console()
+    found, seconds = {}, {}
+    for name in in_turn(options.only, screen, seconds):
+        found[name] = study(name, data, options.steps, options.seeds)
+    screen.print(shown(found))
+    noted = record(start, options.steps, options.seeds, found, seconds, **settings)
+    options.out.write_text(json.dumps(noted, indent=2) + "\n")
+    screen.print(f"{noted['seconds']} s. The record is {options.out.resolve()}")
 
 
 def record(

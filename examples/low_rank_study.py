@@ -7,10 +7,6 @@ layers end with the rank asked for. Takes about three minutes on two CPU cores; 
 shows that all of it runs.
 """
 
-import argparse
-import json
-import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.table import Table
 
 import jaxcompress as jc
 
@@ -91,8 +86,9 @@ METHODS = {
 }
 
 
-def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Test accuracy, `[rank, seed]`, and by how much kernels miss the rank: a single program."""
+def study(name: str, data: Any, steps: int, seeds: list[int]) -> np.ndarray:
+    """Test accuracy, `[rank, seed]`: a single program. Kernels must have the rank."""
+    method = METHODS[name]
     x, y, x_test, y_test = data
 
     def loss(params, x, y):
@@ -113,48 +109,11 @@ def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.n
 
     over = jax.vmap(jax.vmap(run, (None, 0)), (0, None))
     accuracy, beyond = jax.jit(over)(jnp.asarray(RANKS), jnp.asarray(seeds))
-    return np.asarray(accuracy), np.asarray(beyond)
-
-
-def table(found: dict[str, np.ndarray]) -> Table:
-    """Mean and standard error of the accuracy, in percent."""
-    made = Table(title="test accuracy, %: mean and standard error")
-    made.add_column("method")
-    for rank in RANKS:
-        made.add_column(f"rank {rank}", justify="right")
-    for name, accuracy in found.items():
-        cells = zip(accuracy.mean(-1), digits.standard_error(accuracy), strict=True)
-        made.add_row(name, *(f"{100 * mean:.1f} ± {100 * error:.1f}" for mean, error in cells))
-    return made
-
-
-def main() -> None:
-    """Runs all methods, prints the table, writes the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results.json"))
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of each model")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--quick", action="store_true", help="20 steps of 2 seeds")
-    options = parser.parse_args()
-    if options.quick:
-        options.steps, options.seeds = 20, [0, 1]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    start, data = time.perf_counter(), digits.load()
-    console = digits.console()
-
-    found, seconds = {}, {}
-    for name in digits.in_turn(options.only, console, seconds):
-        accuracy, beyond = study(METHODS[name], data, options.steps, options.seeds)
-        if beyond.max() > 1e-4:
-            raise RuntimeError(f"{name}: a kernel misses its rank by {beyond.max()}")
-        found[name] = accuracy
-
-    console.print(table(found))
-    record = digits.record(start, options.steps, options.seeds, found, seconds, ranks=RANKS)
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
-    console.print(f"{record['seconds']} s. The record is {options.out.resolve()}")
+    if beyond.max() > 1e-4:
+        raise RuntimeError(f"{name}: a kernel misses its rank by {beyond.max()}")
+    return np.asarray(accuracy)
 
 
 if __name__ == "__main__":
-    main()
+    columns = [f"rank {rank}" for rank in RANKS]
+    digits.run(__doc__, METHODS, study, lambda f: digits.table(f, "method", columns), ranks=RANKS)

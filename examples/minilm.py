@@ -5,16 +5,21 @@ when this runs. Sentences are packed end to end, so that no position is padding:
 calibrated on them is calibrated on words alone.
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
+import json
 import pathlib
 import platform
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.console import Console
+from rich.table import Table
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
@@ -161,6 +166,68 @@ def sentences() -> tuple[list[str], list[str]]:
     """128 sentences to calibrate on, and 200 others to compare embeddings on."""
     lines = SENTENCES.read_text(encoding="utf-8").splitlines()
     return lines[:128], lines[128:]
+
+
+class Task(NamedTuple):
+    """The model, what calibrates it, and the embeddings that are compared.
+
+    Attributes:
+        params: of the pretrained encoder.
+        batch: the packed sentences that calibrate.
+        encode: `(params, *batch) -> embeddings` of those.
+        embed: `(params) -> embeddings` of the others.
+    """
+
+    params: Any
+    batch: tuple[jax.Array, ...]
+    encode: Callable[..., jax.Array]
+    embed: Callable[[Any], jax.Array]
+
+
+def task() -> Task:
+    """The pretrained encoder as functions of its params."""
+    graph, params = nnx.split(load())
+    calibration, evaluation = sentences()
+    batch, test = tuple(pack(calibration)), tuple(pack(evaluation))
+
+    def encode(params, *packed):
+        return nnx.merge(graph, params)(Packed(*packed), len(calibration))
+
+    def embed(params):
+        return nnx.merge(graph, params)(Packed(*test), len(evaluation))
+
+    return Task(params, batch, encode, embed)
+
+
+def mean_cosine(a: jax.Array, b: jax.Array) -> float:
+    """Of unit vectors."""
+    return float(jnp.mean(jnp.sum(a * b, axis=-1)))
+
+
+def size(params: Any) -> int:
+    """Bytes of the kernels of the dense layers."""
+    leaves = jc.tree.leaves_with_paths(params)
+    return sum(w.nbytes for path, w in leaves if path.startswith("layers/") and "kernel" in path)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The options of all examples."""
+    made = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    made.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
+    made.add_argument("--quick", action="store_true", help="the ways that take seconds only")
+    return made
+
+
+def tell(title: str, rows: list[dict[str, Any]], formats: dict[str, str], out: Any) -> None:
+    """A table of the rows, one column for each format; all of it goes into the file `out`."""
+    table = Table(title=title)
+    for name in formats:
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for row in rows:
+        table.add_row(*(form.format(row[name]) for name, form in formats.items()))
+    Console().print(table)
+    if out:
+        out.write_text(json.dumps(report(rows), indent=2) + "\n")
 
 
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:

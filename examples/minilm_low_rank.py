@@ -9,10 +9,7 @@ minutes to give the hidden states of the dense model, on those 128 sentences in 
 exchanged for others at random: text without labels.
 """
 
-import argparse
-import json
 import math
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,9 +19,6 @@ import jax.numpy as jnp
 import minilm
 import numpy as np
 import optax
-from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 import jaxcompress as jc
 
@@ -32,48 +26,21 @@ SHARES = (0.8, 0.5)
 TOKENS, STEPS, RATE = 320, 300, 1e-3
 
 
-def parse() -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
-    parser.add_argument("--quick", action="store_true", help="the ways that take seconds only")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Runs all ways and prints the table."""
-    options = parse()
-    graph, params = nnx.split(minilm.load())
-    calibration, evaluation = minilm.sentences()
-    batch = tuple(minilm.pack(calibration))
-    test = tuple(minilm.pack(evaluation))
-
-    def encode(params, *packed):
-        return nnx.merge(graph, params)(minilm.Packed(*packed), len(calibration))
-
-    def embed(params):
-        return nnx.merge(graph, params)(minilm.Packed(*test), len(evaluation))
-
-    dense, before = jax.jit(embed)(params), size(params)
+    options, task = minilm.parser(__doc__).parse_args(), minilm.task()
+    dense, before = jax.jit(task.embed)(task.params), minilm.size(task.params)
     rows = []
     for share in SHARES:
-        for name, way in ways(share, encode, params, batch, options.quick).items():
+        for name, way in ways(share, task, options.quick).items():
             start = time.perf_counter()
             packed = jax.block_until_ready(way())
             seconds = time.perf_counter() - start
-            embeddings = jax.jit(jc.lift(embed))(packed)
-            cosine = float(jnp.mean(jnp.sum(embeddings * dense, axis=-1)))
-            part = size(packed) / before
+            cosine = minilm.mean_cosine(jax.jit(jc.lift(task.embed))(packed), dense)
+            part = minilm.size(packed) / before
             rows.append({"way": name, "parameters": part, "cosine": cosine, "seconds": seconds})
-    show(rows)
-    if options.out:
-        options.out.write_text(json.dumps(minilm.report(rows), indent=2) + "\n")
-
-
-def size(params: Any) -> int:
-    """Bytes of the kernels of the dense layers, all in float32."""
-    leaves = jc.tree.leaves_with_paths(params)
-    return sum(w.nbytes for path, w in leaves if path.startswith("layers/") and "kernel" in path)
+    formats = {"way": "{}", "parameters": "{:.1%}", "cosine": "{:.3f}", "seconds": "{:.1f}"}
+    minilm.tell("all-MiniLM-L6-v2, factorized", rows, formats, options.out)
 
 
 def uniform(params: Any, share: float) -> dict[str, int]:
@@ -82,8 +49,9 @@ def uniform(params: Any, share: float) -> dict[str, int]:
     return {path: int(share * math.prod(s) / sum(s)) for path, s in shapes.items()}
 
 
-def ways(share: float, encode, params, batch, quick: bool) -> dict[str, Callable[[], Any]]:
+def ways(share: float, task: minilm.Task, quick: bool) -> dict[str, Callable[[], Any]]:
     """All of them, or those that take seconds; each gives the packed params."""
+    params, batch, encode, _ = task
     stats = jc.calibrate(encode, params, [batch], gram=True, where=minilm.DENSE_LAYERS)
     dense = encode(params, *batch)
 
@@ -175,21 +143,6 @@ def texts() -> Iterator[minilm.Packed]:
         exchanged = np.isin(words, vocabulary) & (rng.random(TOKENS) < 0.4)
         words[exchanged] = rng.choice(vocabulary, exchanged.sum())
         yield minilm.Packed(*map(jnp.asarray, (words, places, which)))
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """The table."""
-    table = Table(title="all-MiniLM-L6-v2, factorized")
-    for name in ("way", "parameters", "cosine", "seconds"):
-        table.add_column(name, justify="left" if name == "way" else "right")
-    for row in rows:
-        table.add_row(
-            row["way"],
-            f"{row['parameters']:.1%}",
-            f"{row['cosine']:.3f}",
-            f"{row['seconds']:.1f}",
-        )
-    Console().print(table)
 
 
 if __name__ == "__main__":

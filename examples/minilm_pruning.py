@@ -7,9 +7,6 @@ counts is how near the embeddings of 200 sentences stay to those of the dense mo
 cosine; 128 other sentences calibrate. Takes about four minutes on two CPU cores.
 """
 
-import argparse
-import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,43 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import minilm
-from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 import jaxcompress as jc
 
 TRIED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
-def parse() -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--quick", action="store_true", help="the ways that take seconds only")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Runs all ways and prints the table."""
-    options = parse()
-    graph, params = nnx.split(minilm.load())
-    calibration, evaluation = minilm.sentences()
-    batch = tuple(minilm.pack(calibration))
-    test = tuple(minilm.pack(evaluation))
-
-    def encode(params, *packed):
-        return nnx.merge(graph, params)(minilm.Packed(*packed), len(calibration))
-
-    @jax.jit
-    def embed(params):
-        return nnx.merge(graph, params)(minilm.Packed(*test), len(evaluation))
-
-    dense = embed(params)
-    ways = one_shot(options.sparsity, encode, params, batch)
+    parser = minilm.parser(__doc__)
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    options, task = parser.parse_args(), minilm.task()
+    embed = jax.jit(task.embed)
+    dense = embed(task.params)
+    ways = one_shot(options.sparsity, task)
     if not options.quick:
-        ways |= beyond(options.sparsity, encode, params, batch)
+        ways |= beyond(options.sparsity, task)
     rows = []
     for name, way in ways.items():
         start = time.perf_counter()
@@ -61,11 +37,10 @@ def main() -> None:
         seconds = time.perf_counter() - start
         weights = chosen(new)
         zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.size for w in weights)
-        cosine = float(jnp.mean(jnp.sum(embed(new) * dense, axis=-1)))
+        cosine = minilm.mean_cosine(embed(new), dense)
         rows.append({"way": name, "sparsity": zeros, "cosine": cosine, "seconds": seconds})
-    show(rows)
-    if options.out:
-        options.out.write_text(json.dumps(minilm.report(rows), indent=2) + "\n")
+    formats = {"way": "{}", "sparsity": "{:.0%}", "cosine": "{:.3f}", "seconds": "{:.1f}"}
+    minilm.tell("all-MiniLM-L6-v2, one shot", rows, formats, options.out)
 
 
 def chosen(params: Any) -> list[jax.Array]:
@@ -79,8 +54,9 @@ def layers(projection: jc.Projection) -> jc.Projection:
     return jc.masked(projection, minilm.DENSE_LAYERS)
 
 
-def one_shot(sparsity, encode, params, batch) -> dict[str, Callable[[], Any]]:
+def one_shot(sparsity: float, task: minilm.Task) -> dict[str, Callable[[], Any]]:
     """The ways of the papers: all layers at once, each pruned by the same fraction."""
+    params, batch, encode, _ = task
     stats = jc.calibrate(encode, params, [batch], gram=True)
     wanda = jc.pruning.wanda(params, stats, where=minilm.DENSE_LAYERS)
     plain = layers(jc.prune(sparsity))
@@ -95,8 +71,9 @@ def one_shot(sparsity, encode, params, batch) -> dict[str, Callable[[], Any]]:
     }
 
 
-def beyond(sparsity, encode, params, batch) -> dict[str, Callable[[], Any]]:
+def beyond(sparsity: float, task: minilm.Task) -> dict[str, Callable[[], Any]]:
     """Layer after layer, and with a budget that was measured."""
+    params, batch, encode, _ = task
     stats = jc.calibrate(encode, params, [batch], gram=True)
     dense = encode(params, *batch)
 
@@ -122,21 +99,6 @@ def beyond(sparsity, encode, params, batch) -> dict[str, Callable[[], Any]]:
             layers(jc.prune(nm=(2, 4))), act_order=True
         ),
     }
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """The table."""
-    table = Table(title="all-MiniLM-L6-v2, one shot")
-    for name in ("way", "sparsity", "cosine", "seconds"):
-        table.add_column(name, justify="left" if name == "way" else "right")
-    for row in rows:
-        table.add_row(
-            row["way"],
-            f"{100 * row['sparsity']:.0f}%",
-            f"{row['cosine']:.3f}",
-            f"{row['seconds']:.1f}",
-        )
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,12 @@ embeddings of 200 sentences stay to those of the dense model, by their cosine; 1
 sentences calibrate. The size is that of the packed layers, scales and zero points included.
 """
 
-import argparse
-import json
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import minilm
-from flax import nnx
-from rich.console import Console
-from rich.table import Table
 
 import jaxcompress as jc
 
@@ -32,32 +25,13 @@ class Way(NamedTuple):
     activations: Any = "float"
 
 
-def parse() -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=pathlib.Path, help="a JSON file for the results")
-    parser.add_argument("--quick", action="store_true", help="the ways that take seconds only")
-    return parser.parse_args()
-
-
 def main() -> None:
     """Runs all ways and prints the table."""
-    options = parse()
-    graph, params = nnx.split(minilm.load())
-    calibration, evaluation = minilm.sentences()
-    batch = tuple(minilm.pack(calibration))
-    test = tuple(minilm.pack(evaluation))
-
-    def encode(params, *packed):
-        return nnx.merge(graph, params)(minilm.Packed(*packed), len(calibration))
-
-    def embed(params):
-        return nnx.merge(graph, params)(minilm.Packed(*test), len(evaluation))
-
-    embed_dense = jax.jit(embed)
-    dense, before = embed_dense(params), size(params)
+    options, task = minilm.parser(__doc__).parse_args(), minilm.task()
+    embed_dense = jax.jit(task.embed)
+    dense, before = embed_dense(task.params), minilm.size(task.params)
     rows = []
-    for name, way in ways(encode, params, batch, options.quick).items():
+    for name, way in ways(task, options.quick).items():
         start = time.perf_counter()
         new, structure = jax.block_until_ready(way.find(way.projection))
         seconds = time.perf_counter() - start
@@ -65,19 +39,11 @@ def main() -> None:
         if way.activations == "float":
             embeddings = embed_dense(new)
         else:
-            embeddings = jax.jit(jc.lift(embed, activations=way.activations))(packed)
-        cosine = float(jnp.mean(jnp.sum(embeddings * dense, axis=-1)))
-        part = size(packed) / before
+            embeddings = jax.jit(jc.lift(task.embed, activations=way.activations))(packed)
+        cosine, part = minilm.mean_cosine(embeddings, dense), minilm.size(packed) / before
         rows.append({"way": name, "cosine": cosine, "size": part, "seconds": seconds})
-    show(rows)
-    if options.out:
-        options.out.write_text(json.dumps(minilm.report(rows), indent=2) + "\n")
-
-
-def size(params: Any) -> int:
-    """Bytes of the kernels of the dense layers."""
-    leaves = jc.tree.leaves_with_paths(params)
-    return sum(w.nbytes for path, w in leaves if path.startswith("layers/") and "kernel" in path)
+    formats = {"way": "{}", "cosine": "{:.4f}", "size": "{:.3f}", "seconds": "{:.1f}"}
+    minilm.tell("all-MiniLM-L6-v2, quantized", rows, formats, options.out)
 
 
 def layers(*args, **options) -> jc.Projection:
@@ -85,8 +51,9 @@ def layers(*args, **options) -> jc.Projection:
     return jc.masked(jc.quantize(*args, **options), minilm.DENSE_LAYERS)
 
 
-def ways(encode, params, batch, quick: bool) -> dict[str, Way]:
+def ways(task: minilm.Task, quick: bool) -> dict[str, Way]:
     """All of them, or those that take seconds."""
+    params, batch, encode, _ = task
     widest = jc.quantization.min_max
 
     def nearest(p):
@@ -135,18 +102,6 @@ def ways(encode, params, batch, quick: bool) -> dict[str, Way]:
             grouped(3, 32, best), one_by_one
         ),
     }
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """The table."""
-    table = Table(title="all-MiniLM-L6-v2, quantized")
-    for name in ("way", "cosine", "size", "seconds"):
-        table.add_column(name, justify="left" if name == "way" else "right")
-    for row in rows:
-        table.add_row(
-            row["way"], f"{row['cosine']:.4f}", f"{row['size']:.3f}", f"{row['seconds']:.1f}"
-        )
-    Console().print(table)
 
 
 if __name__ == "__main__":

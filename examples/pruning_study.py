@@ -6,7 +6,6 @@ Every way trains the same small network for the same number of steps and ends at
 sparsity. Takes about three minutes on two CPU cores.
 """
 
-import argparse
 import itertools
 import json
 import pathlib
@@ -19,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.table import Table
 
 import jaxcompress as jc
 
@@ -161,18 +159,6 @@ def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.n
     return np.asarray(accuracy), np.asarray(alive)
 
 
-def table(found: dict[str, np.ndarray]) -> Table:
-    """Mean and standard error of the accuracy, in percent."""
-    made = Table(title="test accuracy, %: mean and standard error")
-    made.add_column("method")
-    for sparsity in SPARSITIES:
-        made.add_column(f"{sparsity:.0%} sparse", justify="right")
-    for name, accuracy in found.items():
-        cells = zip(accuracy.mean(-1), digits.standard_error(accuracy), strict=True)
-        made.add_row(name, *(f"{100 * mean:.1f} ± {100 * error:.1f}" for mean, error in cells))
-    return made
-
-
 def picture(found: dict[str, np.ndarray], path: pathlib.Path) -> None:
     """Accuracy against sparsity, with standard errors."""
     from matplotlib.figure import Figure
@@ -194,11 +180,8 @@ def picture(found: dict[str, np.ndarray], path: pathlib.Path) -> None:
 
 def main() -> None:
     """Runs all methods, prints the table, writes the picture and the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = digits.parser(__doc__, list(METHODS))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("pruning_study_results"))
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of each model")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     start, data = time.perf_counter(), digits.load()
@@ -215,7 +198,8 @@ def main() -> None:
             raise RuntimeError(f"{name}: {alive.tolist()} weights live, not {wanted}")
         found[name] = accuracy
 
-    console.print(table(found))
+    columns = [f"{sparsity:.0%} sparse" for sparsity in SPARSITIES]
+    console.print(digits.table(found, "method", columns))
     picture(found, options.out / "accuracy_against_sparsity.png")
     record = digits.record(
         start, options.steps, options.seeds, found, seconds, sparsities=SPARSITIES

@@ -7,10 +7,6 @@ layers end on their grids. Takes about three minutes on two CPU cores; `--quick`
 all of it runs.
 """
 
-import argparse
-import json
-import pathlib
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.table import Table
 
 import jaxcompress as jc
 
@@ -100,8 +95,9 @@ METHODS = {
 }
 
 
-def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.ndarray, int]:
-    """Test accuracy of each seed, and the most values that a channel has: a single program."""
+def study(name: str, data: Any, steps: int, seeds: list[int]) -> np.ndarray:
+    """Test accuracy of each seed: a single program. Channels must have few values."""
+    method = METHODS[name]
     x, y, x_test, y_test = data
     fn = digits.logits
     if method.activations is not None:
@@ -121,49 +117,11 @@ def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.n
     kernels = [np.asarray(layer["kernel"]) for layer in params.values()]
     channels = [w[i, :, j] for w in kernels for i in range(len(seeds)) for j in range(w.shape[-1])]
     # An update in float32 lands within one rounding of the grid.
-    return np.asarray(accuracy), max(len(np.unique(channel.round(5))) for channel in channels)
-
-
-def table(found: dict[str, np.ndarray]) -> Table:
-    """Mean and standard error of the accuracy, in percent."""
-    made = Table(title="test accuracy, %: mean and standard error")
-    made.add_column("weights")
-    made.add_column("accuracy", justify="right")
-    for name, accuracy in found.items():
-        made.add_row(
-            name, f"{100 * accuracy.mean():.1f} ± {100 * digits.standard_error(accuracy):.1f}"
-        )
-    return made
-
-
-def main() -> None:
-    """Runs all methods, prints the table, writes the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results.json"))
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of each model")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--quick", action="store_true", help="20 steps of 2 seeds")
-    options = parser.parse_args()
-    if options.quick:
-        options.steps, options.seeds = 20, [0, 1]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    start, data = time.perf_counter(), digits.load()
-    console = digits.console()
-
-    found, seconds = {}, {}
-    for name in digits.in_turn(options.only, console, seconds):
-        method = METHODS[name]
-        accuracy, values = study(method, data, options.steps, options.seeds)
-        if method.values is not None and values > method.values:
-            raise RuntimeError(f"{name}: a channel has {values} values")
-        found[name] = accuracy
-
-    console.print(table(found))
-    record = digits.record(start, options.steps, options.seeds, found, seconds)
-    options.out.write_text(json.dumps(record, indent=2) + "\n")
-    console.print(f"{record['seconds']} s. The record is {options.out.resolve()}")
+    values = max(len(np.unique(channel.round(5))) for channel in channels)
+    if method.values is not None and values > method.values:
+        raise RuntimeError(f"{name}: a channel has {values} values")
+    return np.asarray(accuracy)
 
 
 if __name__ == "__main__":
-    main()
+    digits.run(__doc__, METHODS, study, lambda f: digits.table(f, "weights", ["accuracy"]))

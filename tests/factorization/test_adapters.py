@@ -18,20 +18,9 @@ from jaxcompress.factorization import (
     split_adapters,
 )
 from tests.conftest import lenient, mesh_of
+from tests.factorization.small_mlp import draw, mlp, params
 
 KEY = jax.random.key(0)
-
-
-def draw(*shape, seed=0, dtype=jnp.float32):
-    return jnp.asarray(np.random.default_rng([seed, *shape]).normal(size=shape), dtype)
-
-
-def params(dtype=jnp.float32):
-    return {"a": {"w": draw(16, 8, dtype=dtype), "b": draw(8, dtype=dtype)}, "c": draw(8, 4)}
-
-
-def mlp(p, x):
-    return jnp.tanh(x @ p["a"]["w"] + p["a"]["b"][None]) @ p["c"]
 
 
 def matrix(w):

@@ -1,4 +1,4 @@
-"""Decompositions under vmap: one after the other on CPUs, with the values and derivatives of JAX."""
+"""Decompositions under vmap: one after the other on CPUs, values and derivatives as of JAX."""
 
 import re
 
