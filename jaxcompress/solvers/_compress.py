@@ -99,7 +99,8 @@ def compress(
 
         Factors that `jc.lift` runs, quantized for their own inputs:
 
-        >>> small = jc.pack(jc.low_rank(1), params)
+        >>> tall = {"w": jnp.outer(jnp.array([1.0, 2.0]), jnp.arange(1.0, 5.0))}
+        >>> small = jc.pack(jc.low_rank(1), tall)
         >>> stats = jc.calibrate(jc.lift(fn), small, [x], gram=True)
         >>> sorted(stats)
         ['w/u', 'w/v']

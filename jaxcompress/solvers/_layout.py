@@ -20,7 +20,7 @@ class Layout(NamedTuple):
     Attributes:
         shape: of the leaf.
         stacked: how many leading axes are layers of a scan.
-        axes: those that are summed over, in the order of the features.
+        axes: those that are summed over, in the order of the features; none for one feature.
         groups: of a grouped convolution; 1 elsewhere.
     """
 
@@ -93,7 +93,7 @@ def layouts(
 def _joined(function: str, path: str, several: list[Statistics], leaf: Any):
     first = several[0]
     alike = all((s.axes, s.stacked) == (first.axes, first.stacked) for s in several)
-    if not alike or not first.axes:
+    if not alike or first.axes is None:
         rule = "be of sites that use the whole leaf in one way"
         got = f"sites that sum over {[s.axes for s in several]}"
         fix = "Choose other leaves with jc.masked."

@@ -402,6 +402,16 @@ def test_parts_of_a_leaf_are_refused():
         jc.compress(jc.prune(0.5), {"w": w}, stats=stats)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_one_feature_has_nothing_to_make_up_for(transposed):
+    """As the second factor of rank 1: no error can go to other rows."""
+    w, x = draw(*((9, 1) if transposed else (1, 9))), inputs(40, 1)
+    stats = calibrated(lambda w, x: x @ (w.T if transposed else w), w, x)
+    for p in (jc.prune(0.5), jc.quantize(3)):
+        found = jc.compress(p, {"w": w}, stats=stats)["w"]
+        np.testing.assert_allclose(found, jc.compress(p, {"w": w})["w"], rtol=1e-6)
+
+
 def test_a_second_call_compiles_nothing():
     """Also where the caller is not under `jit`, as in a notebook."""
     params, x = {"w": draw(24, 6), "v": draw(24, 6, seed=3)}, inputs(40, 24)
