@@ -98,7 +98,8 @@ def convolution(
 
     Cost: `find` is a decomposition per leaf; of `"tucker"` 2 + 2 `iterations`; of `"cp"` twice
     :math:`4\, r \prod_d n_d` per iteration. `project` is a few thin products. Of several schemes
-    all are found and held.
+    all are found and held. To decompose for a layer's inputs, `jc.compress(jc.low_rank(r), params,
+    stats=…)` is `"output"` weighted by their Gram matrix; the others have no closed form there.
 
     Examples:
         >>> params = {"conv": jnp.ones((3, 3, 8, 16))}

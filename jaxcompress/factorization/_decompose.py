@@ -26,7 +26,7 @@ class Sketch(NamedTuple):
     """The options of a randomized decomposition, as `svd` takes them."""
 
     oversampling: int | None = None
-    iterations: int = 3
+    iterations: int = 4
     krylov: bool = True
     key: jax.Array | None = None
 
@@ -58,7 +58,7 @@ def svd(
     *,
     method: Method = "auto",
     oversampling: int | None = None,
-    iterations: int = 3,
+    iterations: int = 4,
     krylov: bool = True,
     key: jax.Array | None = None,
 ) -> SVD:
