@@ -10,7 +10,8 @@ import optax
 
 from jaxcompress import _check
 from jaxcompress._types import Numeric, PyTree
-from jaxcompress.distillation._logits import kd_loss, require_temperature
+from jaxcompress.distillation._logits import kd_loss
+from jaxcompress.distillation._rows import require_temperature
 from jaxcompress.projections import number_at
 
 _MISSING = object()

@@ -1,27 +1,14 @@
 """Losses between the logits of a student and of a teacher, one number per row.
 
-All is done with logarithms of probabilities, and what is masked out is replaced before it is
-computed with, so that neither a value nor a gradient is NaN where the loss is finite.
+All is done with logarithms of probabilities, see `_rows`.
 """
-
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxcompress import _check
 from jaxcompress._types import ArrayLike
-
-_NEAR = 0.5  # below this |log ratio|, its series beats the plain formula
-
-
-class _Row(NamedTuple):
-    """A distribution over the classes: which it has, their logs (0 elsewhere), themselves."""
-
-    present: jax.Array
-    logs: jax.Array
-    probabilities: jax.Array
+from jaxcompress.distillation._divergence import kl
+from jaxcompress.distillation._rows import read, ruled_out, softmax
 
 
 def kd_loss(
@@ -79,10 +66,10 @@ def kd_loss(
     keep their relative accuracy in float32, where the difference of two logarithms loses it.
     Gradients flow to the teacher too, as in Optax; `jc.distill` stops them.
     """
-    student, teacher, temperature, keep = _read(
+    student, teacher, temperature, keep = read(
         "kd_loss", student_logits, teacher_logits, temperature, where
     )
-    return temperature * temperature * _kl(student, teacher, temperature, keep)
+    return temperature * temperature * kl(student, teacher, temperature, keep)
 
 
 def kl_divergence(
@@ -122,10 +109,10 @@ def kl_divergence(
     Source: Kullback & Leibler 1951. Differs from `optax.losses.kl_divergence`: logits on both
     sides, a temperature, and a gradient for the teacher that is finite at probability 0.
     """
-    student, teacher, temperature, keep = _read(
+    student, teacher, temperature, keep = read(
         "kl_divergence", student_logits, teacher_logits, temperature, where
     )
-    return _kl(student, teacher, temperature, keep)
+    return kl(student, teacher, temperature, keep)
 
 
 def soft_cross_entropy(
@@ -167,11 +154,11 @@ def soft_cross_entropy(
 
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2 (without :math:`T^2`).
     """
-    student, teacher, temperature, keep = _read(
+    student, teacher, temperature, keep = read(
         "soft_cross_entropy", student_logits, teacher_logits, temperature, where
     )
-    q, p = _softmax(student, temperature, keep), _softmax(teacher, temperature, keep)
-    terms = jnp.where(p.present & ~q.present, _ruled_out(p), -p.probabilities * q.logs)
+    q, p = softmax(student, temperature, keep), softmax(teacher, temperature, keep)
+    terms = jnp.where(p.present & ~q.present, ruled_out(p), -p.probabilities * q.logs)
     return jnp.sum(terms, -1)
 
 
@@ -216,7 +203,7 @@ def mse_logits(
     Source: Ba & Caruana 2014, arXiv:1312.6184, section 2.2; Kim et al. 2021,
     arXiv:2105.08919, section 4 (the limit). Differs: a mean, where they have half of a sum.
     """
-    student, teacher, _, keep = _read("mse_logits", student_logits, teacher_logits, 1.0, where)
+    student, teacher, _, keep = read("mse_logits", student_logits, teacher_logits, 1.0, where)
     in_student, in_teacher = keep & (student != -jnp.inf), keep & (teacher != -jnp.inf)
     both, either = in_student & in_teacher, in_student | in_teacher
     difference = jnp.where(both, student, 0.0) - jnp.where(both, teacher, 0.0)
@@ -227,120 +214,3 @@ def mse_logits(
     squares = jnp.where(either & ~both, jnp.inf, jnp.square(difference))
     count = jnp.maximum(jnp.sum(either, -1, dtype=difference.dtype), 1.0)
     return jnp.sum(squares, -1) / count
-
-
-def require_temperature(function: str, temperature: Any, rows: tuple[int, ...]) -> None:
-    """Refuses what is neither a scalar nor one real number per row, and known numbers <= 0."""
-    rule = f"be a real number above 0, or {list(rows)} of them, one per row"
-    got = _check.describe(temperature)
-    if temperature is None or isinstance(temperature, (bool, str)) or callable(temperature):
-        raise TypeError(_check.message(function, "temperature", rule, got))
-    kind = jnp.result_type(temperature)
-    if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
-        raise TypeError(_check.message(function, "temperature", rule, got))
-    if jnp.shape(temperature) not in ((), rows):
-        raise ValueError(_check.message(function, "temperature", rule, got))
-    if not _check.is_traced(temperature) and not np.all(np.asarray(temperature) > 0):
-        raise ValueError(_check.message(function, "temperature", rule, temperature))
-
-
-def _read(function, student, teacher, temperature, where):
-    """Both logits, the temperature and the mask, checked, in the dtype to compute in."""
-    for name, logits in {"student_logits": student, "teacher_logits": teacher}.items():
-        if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
-            rule, fix = "be real floating-point logits", "Give logits, not labels."
-            raise TypeError(_check.message(function, name, rule, _check.describe(logits), fix))
-        if logits.ndim == 0:
-            rule, got = "have a last axis of classes", _check.describe(logits)
-            raise ValueError(_check.message(function, name, rule, got))
-    if student.shape != teacher.shape:
-        rule = f"have the shape of `student_logits`, {list(student.shape)}"
-        fix = "Both have a logit for each class of each row; broadcast them yourself."
-        got = _check.describe(teacher)
-        raise ValueError(_check.message(function, "teacher_logits", rule, got, fix))
-    require_temperature(function, temperature, student.shape[:-1])
-    student, teacher = jnp.asarray(student), jnp.asarray(teacher)
-    double = jnp.float64 in (student.dtype, teacher.dtype)
-    dtype = jnp.float64 if double else jnp.float32
-    keep = _mask(function, where, student.shape)
-    temperature = jnp.asarray(temperature, dtype)
-    return student.astype(dtype), teacher.astype(dtype), temperature, keep
-
-
-def _mask(function, where, shape):
-    if where is None:
-        return jnp.ones(shape, bool)
-    rule = f"be booleans that broadcast to the logits' shape {list(shape)}"
-    if jnp.result_type(where) != jnp.bool_:
-        raise TypeError(_check.message(function, "where", rule, _check.describe(where)))
-    try:
-        return jnp.broadcast_to(jnp.asarray(where), shape)
-    except ValueError:
-        got = _check.describe(where)
-        raise ValueError(_check.message(function, "where", rule, got)) from None
-
-
-def _column(row):
-    """One number per row, to be used on the rows."""
-    return row if row.ndim == 0 else jnp.expand_dims(row, -1)
-
-
-def _softmax(logits, temperature, keep) -> _Row:
-    present = keep & (logits != -jnp.inf)
-    # Shifted, then divided: the largest is 0 to the last bit, and no log is above 0.
-    z = jnp.where(present, logits, 0.0) - _largest(logits, present)
-    z = jnp.where(present, z / _column(temperature), 0.0)
-    some = jnp.any(present, -1, keepdims=True)
-    powers = jnp.where(present, jnp.exp(z), 0.0)
-    total = jnp.where(some, jnp.sum(powers, -1, keepdims=True), 1.0)
-    return _Row(present, jnp.where(present, z - jnp.log(total), 0.0), powers / total)
-
-
-def _largest(x, present):
-    """The largest entry present of each row, 0 if there is none. Has no gradient."""
-    x = jax.lax.stop_gradient(jnp.where(present, x, -jnp.inf))
-    top = jnp.max(x, -1, keepdims=True, initial=-jnp.inf)
-    return jnp.where(jnp.any(present, -1, keepdims=True), top, 0.0)
-
-
-def _ruled_out(p: _Row):
-    """The infinite terms of classes that the teacher has and the student rules out."""
-    return jnp.where(p.probabilities > 0, jnp.inf, 0.0)
-
-
-def _kl(student, teacher, temperature, keep):
-    """KL as the sum of `q - p - p log(q / p) >= 0`, each term exact to its own size."""
-    q, p = _softmax(student, temperature, keep), _softmax(teacher, temperature, keep)
-    both = q.present & p.present
-    ratio = jnp.where(both, _log_ratio(q, p, student, teacher, temperature), 0.0)
-    near = jnp.abs(ratio) <= _NEAR
-    far = q.probabilities - p.probabilities - p.probabilities * ratio
-    terms = jnp.where(near, p.probabilities * _excess(jnp.where(near, ratio, 0.0)), far)
-    # A class that only the student has: q - 0 - 0.
-    terms = jnp.where(both, terms, q.probabilities)
-    terms = jnp.where(p.present & ~q.present, _ruled_out(p), terms)
-    return jnp.sum(terms, -1)
-
-
-def _log_ratio(q: _Row, p: _Row, student, teacher, temperature):
-    """`log(q / p)`; for like rows from the logits' difference, which loses no digits.
-
-    There `q / p` is `exp(d) / sum(p exp(d))` with d the difference over the temperature.
-    """
-    both = q.present & p.present
-    d = jnp.where(both, student, 0.0) - jnp.where(both, teacher, 0.0)
-    top, bottom = _largest(d, both), -_largest(-d, both)
-    narrow = (top - bottom) / _column(temperature) <= 1.0
-    like = jnp.all(q.present == p.present, -1, keepdims=True) & narrow
-    d = jnp.where(both & like, (d - top) / _column(temperature), 0.0)
-    mean = jnp.sum(p.probabilities * jnp.expm1(d), -1, keepdims=True)
-    fine = d - jnp.log1p(jnp.where(like, mean, 0.0))
-    return jnp.where(like, fine, q.logs - p.logs)
-
-
-def _excess(x):
-    """`exp(x) - 1 - x` by its series, for |x| up to `_NEAR`, to relative rounding."""
-    series = jnp.ones_like(x)
-    for k in range(15 if x.dtype == jnp.float64 else 9, 2, -1):
-        series = 1.0 + x / k * series
-    return 0.5 * x * x * series

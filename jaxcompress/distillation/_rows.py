@@ -1,0 +1,100 @@
+"""Rows of logits as distributions over the classes: what the losses on logits share.
+
+All is done with logarithms of probabilities, and what is masked out is replaced before it is
+computed with, so that neither a value nor a gradient is NaN where the loss is finite.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress import _check
+
+
+class Row(NamedTuple):
+    """A distribution over the classes: which it has, their logs (0 elsewhere), themselves."""
+
+    present: jax.Array
+    logs: jax.Array
+    probabilities: jax.Array
+
+
+def require_temperature(function: str, temperature: Any, rows: tuple[int, ...]) -> None:
+    """Refuses what is neither a scalar nor one real number per row, and known numbers <= 0."""
+    rule = f"be a real number above 0, or {list(rows)} of them, one per row"
+    got = _check.describe(temperature)
+    if temperature is None or isinstance(temperature, (bool, str)) or callable(temperature):
+        raise TypeError(_check.message(function, "temperature", rule, got))
+    kind = jnp.result_type(temperature)
+    if not (jnp.issubdtype(kind, jnp.floating) or jnp.issubdtype(kind, jnp.integer)):
+        raise TypeError(_check.message(function, "temperature", rule, got))
+    if jnp.shape(temperature) not in ((), rows):
+        raise ValueError(_check.message(function, "temperature", rule, got))
+    if not _check.is_traced(temperature) and not np.all(np.asarray(temperature) > 0):
+        raise ValueError(_check.message(function, "temperature", rule, temperature))
+
+
+def read(function, student, teacher, temperature, where):
+    """Both logits, the temperature and the mask, checked, in the dtype to compute in."""
+    for name, logits in {"student_logits": student, "teacher_logits": teacher}.items():
+        if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
+            rule, fix = "be real floating-point logits", "Give logits, not labels."
+            raise TypeError(_check.message(function, name, rule, _check.describe(logits), fix))
+        if logits.ndim == 0:
+            rule, got = "have a last axis of classes", _check.describe(logits)
+            raise ValueError(_check.message(function, name, rule, got))
+    if student.shape != teacher.shape:
+        rule = f"have the shape of `student_logits`, {list(student.shape)}"
+        fix = "Both have a logit for each class of each row; broadcast them yourself."
+        got = _check.describe(teacher)
+        raise ValueError(_check.message(function, "teacher_logits", rule, got, fix))
+    require_temperature(function, temperature, student.shape[:-1])
+    student, teacher = jnp.asarray(student), jnp.asarray(teacher)
+    double = jnp.float64 in (student.dtype, teacher.dtype)
+    dtype = jnp.float64 if double else jnp.float32
+    keep = mask_of(function, where, student.shape)
+    temperature = jnp.asarray(temperature, dtype)
+    return student.astype(dtype), teacher.astype(dtype), temperature, keep
+
+
+def mask_of(function, where, shape):
+    if where is None:
+        return jnp.ones(shape, bool)
+    rule = f"be booleans that broadcast to the logits' shape {list(shape)}"
+    if jnp.result_type(where) != jnp.bool_:
+        raise TypeError(_check.message(function, "where", rule, _check.describe(where)))
+    try:
+        return jnp.broadcast_to(jnp.asarray(where), shape)
+    except ValueError:
+        got = _check.describe(where)
+        raise ValueError(_check.message(function, "where", rule, got)) from None
+
+
+def column(row):
+    """One number per row, to be used on the rows."""
+    return row if row.ndim == 0 else jnp.expand_dims(row, -1)
+
+
+def softmax(logits, temperature, keep) -> Row:
+    present = keep & (logits != -jnp.inf)
+    # Shifted, then divided: the largest is 0 to the last bit, and no log is above 0.
+    z = jnp.where(present, logits, 0.0) - largest(logits, present)
+    z = jnp.where(present, z / column(temperature), 0.0)
+    some = jnp.any(present, -1, keepdims=True)
+    powers = jnp.where(present, jnp.exp(z), 0.0)
+    total = jnp.where(some, jnp.sum(powers, -1, keepdims=True), 1.0)
+    return Row(present, jnp.where(present, z - jnp.log(total), 0.0), powers / total)
+
+
+def largest(x, present):
+    """The largest entry present of each row, 0 if there is none. Has no gradient."""
+    x = jax.lax.stop_gradient(jnp.where(present, x, -jnp.inf))
+    top = jnp.max(x, -1, keepdims=True, initial=-jnp.inf)
+    return jnp.where(jnp.any(present, -1, keepdims=True), top, 0.0)
+
+
+def ruled_out(p: Row):
+    """The infinite terms of classes that the teacher has and the student rules out."""
+    return jnp.where(p.probabilities > 0, jnp.inf, 0.0)
