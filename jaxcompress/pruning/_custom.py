@@ -135,8 +135,9 @@ def as_is() -> Projection:
     """The mask of what is not zero now: to pack a model that was made sparse elsewhere.
 
     Returns:
-        A projection that changes nothing but -0, which becomes 0; inside of `jc.projected`
-        wrap it in `jc.every(1, …, end=0)`, so that weights which pass through zero live on.
+        A projection that changes nothing but -0, which becomes 0. To train such a model on, and
+        keep its zeros: `jc.restricted(optimizer, jc.every(1, jc.pruning.as_is(), end=0))`;
+        `jc.projected` finds after the update, when nothing is zero any more.
 
     Examples:
         >>> packed = jc.pack(jc.pruning.as_is(), {"w": jnp.eye(16)})

@@ -102,6 +102,16 @@ class TestReading:
         assert packed["a"]["kernel"].nbytes == 13 * 4 + 16
         jax.tree.map(np.testing.assert_array_equal, jc.todense(packed), sparse)
 
+    def test_as_is_keeps_the_zeros_of_a_model_that_trains_on(self):
+        params = {"w": jnp.array([[1.0, 0.0], [0.0, -1.0]])}
+        opt = jc.restricted(optax.sgd(1.0), jc.every(1, pr.as_is(), end=0))
+        state = opt.init(params)
+        # A weight that passes through zero is not lost.
+        for want in ([[0.0, 0.0], [0.0, -2.0]], [[-1.0, 0.0], [0.0, -3.0]]):
+            updates, state = opt.update({"w": jnp.ones((2, 2))}, state, params)
+            params = optax.apply_updates(params, updates)
+            np.testing.assert_array_equal(params["w"], want)
+
     def test_apply_hides_nan_and_keeps_dtypes(self):
         params = {"w": jnp.array([jnp.nan, 2.0], jnp.bfloat16)}
         out = pr.apply_masks(params, {"w": jnp.array([False, True])})
