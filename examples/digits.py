@@ -21,6 +21,8 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+import jaxcompress as jc
+
 
 def load() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Images in [0, 1] and labels, for training and for the test."""
@@ -46,7 +48,7 @@ def initial(key: jax.Array, sizes: Sequence[int]) -> dict[str, Any]:
 def logits(params: dict[str, Any], x: jax.Array) -> jax.Array:
     """Of images `[batch, 64]`."""
     for i in range(len(params)):
-        x = jax.nn.relu(x) if i else x
+        x = jc.name(jax.nn.relu(x), f"hidden{i}") if i else x
         x = x @ params[f"layer{i}"]["kernel"] + params[f"layer{i}"]["bias"]
     return x
 
@@ -61,13 +63,18 @@ def trained(
     steps: int,
     batch: int,
 ) -> tuple[dict[str, Any], Any]:
-    """Params and the optimizer's state after so many steps, on images drawn by the key `order`."""
+    """Params and the optimizer's state after so many steps, on images drawn by the key `order`.
+
+    The optimizer is handed the batch, which `jc.distill` reads.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(carry, key):
         params, state = carry
         chosen = jax.random.randint(key, (batch,), 0, len(x))
-        grads = jax.grad(loss)(params, x[chosen], y[chosen])
-        updates, state = optimizer.update(grads, state, params)
+        images, labels = x[chosen], y[chosen]
+        grads = jax.grad(loss)(params, images, labels)
+        updates, state = optimizer.update(grads, state, params, batch=(images, labels))
         return (optax.apply_updates(params, updates), state), None
 
     # The count of steps depends on no seed: under `vmap` it stays one clock for all.
@@ -122,18 +129,41 @@ def table(found: dict[str, np.ndarray], first: str, columns: Sequence[str]) -> T
     return made
 
 
+def picture(
+    found: dict[str, np.ndarray], at: Sequence[float], label: str, path: pathlib.Path
+) -> None:
+    """Accuracy, `[place, seed]`, against the places, with standard errors."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.add_subplot(xlabel=label, ylabel="test accuracy, %")
+    for i, (name, accuracy) in enumerate(found.items()):
+        axes.errorbar(
+            at,
+            100 * accuracy.mean(-1),
+            100 * standard_error(accuracy),
+            label=name,
+            capsize=2,
+            linestyle=("-", "--", ":")[i // 10 % 3],
+        )
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
 def run(
     doc: str,
-    methods: dict[str, Any],
+    methods: Sequence[str],
     study: Callable[..., np.ndarray],
     shown: Callable[[dict[str, np.ndarray]], Table],
+    plot: Callable[[dict[str, np.ndarray], pathlib.Path], None] | None = None,
     **settings: Any,
 ) -> None:
     """A study with its options: runs all methods, prints the table, writes the record.
 
-    `study` takes the name of a method, the data, steps and seeds, and gives the accuracies.
+    `study` takes the name of a method, the data, steps and seeds, and gives the accuracies;
+    `plot` draws them into a file beside the record.
     """
-    made = parser(doc, list(methods))
+    made = parser(doc, methods)
     made.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results.json"))
     made.add_argument("--quick", action="store_true", help="20 steps of 2 seeds")
     options = made.parse_args()
@@ -145,6 +175,8 @@ def run(
     for name in in_turn(options.only, screen, seconds):
         found[name] = study(name, data, options.steps, options.seeds)
     screen.print(shown(found))
+    if plot is not None:
+        plot(found, options.out.with_suffix(".png"))
     noted = record(start, options.steps, options.seeds, found, seconds, **settings)
     options.out.write_text(json.dumps(noted, indent=2) + "\n")
     screen.print(f"{noted['seconds']} s. The record is {options.out.resolve()}")

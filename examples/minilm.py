@@ -11,12 +11,13 @@ import importlib.util
 import json
 import pathlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +28,7 @@ import jaxcompress as jc
 
 WIDTH, HEADS, INNER, DEPTH = 384, 12, 1536, 6
 WORDS, POSITIONS, TYPES = 30522, 512, 2
+TOKENS = 320  # of a batch to distil on
 DENSE_LAYERS = "layers/*/*/kernel"
 SENTENCES = pathlib.Path(__file__).with_name("sentences.txt")
 GROUPS = [
@@ -197,6 +199,63 @@ def task() -> Task:
         return nnx.merge(graph, params)(Packed(*test), len(evaluation))
 
     return Task(params, batch, encode, embed)
+
+
+def distilled(
+    params: Any,
+    fn: Callable[..., jax.Array],
+    teacher_params: Any,
+    teacher: Callable[..., jax.Array],
+    optimizer: optax.GradientTransformation,
+    steps: int,
+) -> Any:
+    """The layers' params, trained to give the hidden states of the dense model after each layer.
+
+    On the sentences that calibrate, in which words are exchanged at random: no labels.
+    """
+
+    def states(fn):
+        captured = jc.capture(fn, "layer*")
+        return lambda p, batch: jnp.stack(list(captured(p, *batch)[1].values()))
+
+    def label(path, _):
+        return "trained" if jc.tree.path_string(path).startswith("layers/") else "held"
+
+    student_states, teacher_states = states(fn), states(teacher)
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    link = optax.chain(
+        # The teacher's weights come with the batch: closed over they would be constants.
+        jc.distill(
+            lambda p, batch: student_states(p, batch[1]),
+            lambda batch: teacher_states(*batch),
+            task_weight=0.0,
+            loss=lambda s, t, _: jc.mse_logits(s, t),
+        ),
+        optax.partition({"trained": optimizer, "held": optax.set_to_zero()}, labels),
+    )
+
+    @jax.jit
+    def step(params, state, teacher_params, batch):
+        no_task = jax.tree.map(jnp.zeros_like, params)
+        updates, state = link.update(no_task, state, params, batch=(teacher_params, batch))
+        return optax.apply_updates(params, updates), state
+
+    state = link.init(params)
+    for batch in texts(steps):
+        params, state = step(params, state, teacher_params, batch)
+    return params
+
+
+def texts(count: int) -> Iterator[Packed]:
+    """Some of the sentences that calibrate, with two words of five exchanged for others."""
+    rng = np.random.default_rng(0)
+    lines, vocabulary = sentences()[0], whole_words()
+    for _ in range(count):
+        packed = pack([lines[i] for i in rng.permutation(len(lines))[:32]])
+        words, places, which = (np.array(x[:TOKENS]) for x in packed)
+        exchanged = np.isin(words, vocabulary) & (rng.random(TOKENS) < 0.4)
+        words[exchanged] = rng.choice(vocabulary, exchanged.sum())
+        yield Packed(*map(jnp.asarray, (words, places, which)))
 
 
 def mean_cosine(a: jax.Array, b: jax.Array) -> float:

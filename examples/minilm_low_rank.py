@@ -11,19 +11,18 @@ exchanged for others at random: text without labels.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import minilm
-import numpy as np
 import optax
 
 import jaxcompress as jc
 
 SHARES = (0.8, 0.5)
-TOKENS, STEPS, RATE = 320, 300, 1e-3
+STEPS, RATE = 300, 1e-3
 
 
 def main() -> None:
@@ -97,52 +96,10 @@ def ways(share: float, task: minilm.Task, quick: bool) -> dict[str, Callable[[],
     }
 
 
-def distilled(packed: Any, encode, params: Any) -> Any:
+def distilled(packed: Any, encode: Callable[..., jax.Array], params: Any) -> Any:
     """The factors, trained to give the hidden states of the dense model after each layer."""
-
-    def states(fn):
-        captured = jc.capture(fn, "layer*")
-        return lambda p, batch: jnp.stack(list(captured(p, *batch)[1].values()))
-
-    def label(path, _):
-        return "trained" if jc.tree.path_string(path).startswith("layers/") else "held"
-
-    student, teacher = states(jc.lift(encode)), states(encode)
     adam = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
-    labels = jax.tree_util.tree_map_with_path(label, packed)
-    optimizer = optax.chain(
-        # The teacher's weights come with the batch: closed over they would be constants.
-        jc.distill(
-            lambda p, batch: student(p, batch[1]),
-            lambda batch: teacher(*batch),
-            task_weight=0.0,
-            loss=lambda s, t, _: jc.mse_logits(s, t),
-        ),
-        optax.partition({"trained": adam, "held": optax.set_to_zero()}, labels),
-    )
-
-    @jax.jit
-    def step(packed, state, params, batch):
-        no_task = jax.tree.map(jnp.zeros_like, packed)
-        updates, state = optimizer.update(no_task, state, packed, batch=(params, batch))
-        return optax.apply_updates(packed, updates), state
-
-    state = optimizer.init(packed)
-    for batch in texts():
-        packed, state = step(packed, state, params, batch)
-    return packed
-
-
-def texts() -> Iterator[minilm.Packed]:
-    """Some of the sentences that calibrate, with two words of five exchanged for others."""
-    rng = np.random.default_rng(0)
-    sentences, vocabulary = minilm.sentences()[0], minilm.whole_words()
-    for _ in range(STEPS):
-        packed = minilm.pack([sentences[i] for i in rng.permutation(len(sentences))[:32]])
-        words, places, which = (np.array(x[:TOKENS]) for x in packed)
-        exchanged = np.isin(words, vocabulary) & (rng.random(TOKENS) < 0.4)
-        words[exchanged] = rng.choice(vocabulary, exchanged.sum())
-        yield minilm.Packed(*map(jnp.asarray, (words, places, which)))
+    return minilm.distilled(packed, jc.lift(encode), params, encode, adam, STEPS)
 
 
 if __name__ == "__main__":

@@ -35,18 +35,18 @@ def main() -> None:
         start = time.perf_counter()
         new = jax.block_until_ready(way())
         seconds = time.perf_counter() - start
-        weights = chosen(new)
-        zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.size for w in weights)
         cosine = minilm.mean_cosine(embed(new), dense)
-        rows.append({"way": name, "sparsity": zeros, "cosine": cosine, "seconds": seconds})
+        row = {"way": name, "sparsity": zeros(new), "cosine": cosine, "seconds": seconds}
+        rows.append(row)
     formats = {"way": "{}", "sparsity": "{:.0%}", "cosine": "{:.3f}", "seconds": "{:.1f}"}
     minilm.tell("all-MiniLM-L6-v2, one shot", rows, formats, options.out)
 
 
-def chosen(params: Any) -> list[jax.Array]:
-    """The kernels of the dense layers."""
+def zeros(params: Any) -> float:
+    """The fraction of zeros in the kernels of the dense layers."""
     picked = jax.tree.leaves(jc.tree.select(params, minilm.DENSE_LAYERS))
-    return [w for w, hit in zip(jax.tree.leaves(params), picked, strict=True) if hit]
+    weights = [w for w, hit in zip(jax.tree.leaves(params), picked, strict=True) if hit]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.size for w in weights)
 
 
 def layers(projection: jc.Projection) -> jc.Projection:

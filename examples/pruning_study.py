@@ -159,25 +159,6 @@ def study(method: Method, data: Any, steps: int, seeds: list[int]) -> tuple[np.n
     return np.asarray(accuracy), np.asarray(alive)
 
 
-def picture(found: dict[str, np.ndarray], path: pathlib.Path) -> None:
-    """Accuracy against sparsity, with standard errors."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="sparsity, %", ylabel="test accuracy, %")
-    for i, (name, accuracy) in enumerate(found.items()):
-        axes.errorbar(
-            100 * np.asarray(SPARSITIES),
-            100 * accuracy.mean(-1),
-            100 * digits.standard_error(accuracy),
-            label=name,
-            capsize=2,
-            linestyle=("-", "--", ":")[i // 10 % 3],
-        )
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     """Runs all methods, prints the table, writes the picture and the record."""
     parser = digits.parser(__doc__, list(METHODS))
@@ -200,7 +181,9 @@ def main() -> None:
 
     columns = [f"{sparsity:.0%} sparse" for sparsity in SPARSITIES]
     console.print(digits.table(found, "method", columns))
-    picture(found, options.out / "accuracy_against_sparsity.png")
+    sparsities = [100 * s for s in SPARSITIES]
+    path = options.out / "accuracy_against_sparsity.png"
+    digits.picture(found, sparsities, "sparsity, %", path)
     record = digits.record(
         start, options.steps, options.seeds, found, seconds, sparsities=SPARSITIES
     )

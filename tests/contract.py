@@ -282,6 +282,21 @@ def teacher(x):
     return x[:, :4] * 3.0
 
 
+def _with_another_gradient(link):
+    """`link` as the contract calls it: the other gradient is a function of the params."""
+
+    def update(updates, state, params=None, **extra):
+        assert params is not None
+        other = jax.tree.map(lambda w: -w, params)
+        return link.update(updates, state, params, other_grads=[other], **extra)
+
+    return optax.GradientTransformationExtraArgs(link.init, update)
+
+
+def _hint(hidden, targets, temperature, scale):
+    return jnp.mean((hidden.astype(jnp.float32) * scale[None, :] - targets) ** 2) / temperature
+
+
 TRANSFORMATIONS = {
     "project_params": Row(
         lambda sparsity=0.5: optax.chain(
@@ -483,6 +498,96 @@ TRANSFORMATIONS = {
         ),
         {"weight": [0.0, 1.0], "temperature": [1.0, 4.0]},
         ("distill",),
+        tolerance=1e-5,
+    ),
+    "distill_regressors": Row(
+        lambda weight=0.5: optax.chain(
+            jc.distill(
+                student,
+                teacher,
+                weight=weight,
+                loss=_hint,
+                regressors=jnp.ones(4),
+                regressor_optimizer=_inner(),
+            ),
+            _inner(),
+        ),
+        {"weight": [0.1, 1.0]},
+        ("distill",),
+        tolerance=1e-5,
+    ),
+    "distill_pcgrad": Row(
+        lambda weight=0.5: optax.chain(
+            jc.distill(
+                student,
+                teacher,
+                weight=weight,
+                combine=jc.distillation.pcgrad(key=jax.random.key(0)),
+            ),
+            _inner(),
+        ),
+        {"weight": [0.1, 1.0]},
+        ("distill",),
+        tolerance=1e-4,
+    ),
+    "distill_cosine_gated": Row(
+        lambda weight=0.5: optax.chain(
+            jc.distill(
+                student,
+                teacher,
+                weight=weight,
+                combine=jc.distillation.cosine_gated(per_leaf=True),
+            ),
+            _inner(),
+        ),
+        {"weight": [0.1, 1.0]},
+        ("distill",),
+        tolerance=1e-4,
+    ),
+    "distill_norm_balanced": Row(
+        lambda ratio=0.5, decay=0.9: optax.chain(
+            jc.distill(student, teacher, combine=jc.distillation.norm_balanced(ratio, decay)),
+            _inner(),
+        ),
+        {"ratio": [0.0, 2.0], "decay": [0.0, 0.5]},
+        ("distill",),
+        tolerance=1e-4,
+    ),
+    "distill_dot": Row(
+        lambda momentum=0.9, delta=0.05: optax.chain(
+            jc.distill(student, teacher, combine=jc.distillation.dot(momentum, delta)),
+            lenient(optax.sgd(1e-2)),
+        ),
+        {"momentum": [0.0, 0.9], "delta": [0.0, 0.05]},
+        ("distill",),
+        tolerance=1e-5,
+    ),
+    "ema_teacher": Row(
+        lambda decay=0.9: optax.chain(_inner(), jc.distillation.ema_teacher(decay)),
+        {"decay": [0.0, 0.9, 1.0]},
+        ("ema_teacher",),
+        tolerance=1e-5,
+    ),
+    "combine_gradients": Row(
+        lambda weight=0.5: optax.chain(
+            _with_another_gradient(
+                jc.distillation.combine_gradients(jc.distillation.weighted_sum(1.0, weight))
+            ),
+            _inner(),
+        ),
+        {"weight": [0.1, 1.0]},
+        ("combine_gradients",),
+        tolerance=1e-5,
+    ),
+    "combine_gradients_pcgrad": Row(
+        lambda rate=1e-2: optax.chain(
+            _with_another_gradient(
+                jc.distillation.combine_gradients(jc.distillation.pcgrad(per_leaf=True))
+            ),
+            lenient(optax.sgd(rate)),
+        ),
+        {"rate": [1e-3, 1e-2]},
+        ("combine_gradients",),
         tolerance=1e-5,
     ),
 }

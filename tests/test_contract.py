@@ -60,6 +60,7 @@ def test_every_public_name_is_in_a_table():
     rooms |= {"hqq", "galore", "convolution", "dynamical_low_rank", "lora", "low_rank_plus"}
     rooms |= {"smoothed", "rescaled", "awq", "rotated"}
     rooms |= {"stochastic", "parq", "learned_steps", "learned_codebook", "round_gradients"}
+    rooms |= {"combine_gradients", "ema_teacher"}
     assert public == (covered - rooms) | elsewhere
     makers = (jc.Projection, optax.GradientTransformationExtraArgs, jc.Reparametrization)
     for room in (

@@ -16,6 +16,7 @@ EXAMPLES = pathlib.Path(jc.__file__).parents[1] / "examples"
 RESULTS = EXAMPLES / "minilm_pruning_results.json"
 QUANTIZED = EXAMPLES / "minilm_quantization_results.json"
 FACTORIZED = EXAMPLES / "minilm_low_rank_results.json"
+DISTILLED = EXAMPLES / "minilm_distillation_results.json"
 # Mean cosines of a plain PyTorch implementation of each paper, in the same setting.
 PLAIN = {"magnitude": 0.735, "Wanda": 0.874, "SparseGPT": 0.907, "SparseGPT, 2:4": 0.843}
 
@@ -140,6 +141,24 @@ def test_the_committed_record_of_factors():
         assert row["parameters"] <= (0.8 if "80%" in way else 0.5), way
 
 
+@needs_model
+def test_distillation_keeps_the_zeros(tmp_path):
+    found, shown = quick("minilm_distillation.py", tmp_path)
+    (row,) = found.values()
+    assert row["sparsity"] == pytest.approx(0.5, abs=1e-6)
+    assert row["distilled"] > row["pruned"] > PLAIN["SparseGPT"]
+    assert row["way"] in shown
+
+
+def test_the_committed_record_of_distillation():
+    rows = {row["way"]: row for row in json.loads(DISTILLED.read_text())["rows"]}
+    for way, row in rows.items():
+        assert row["sparsity"] == pytest.approx(0.5, abs=1e-6), way
+        assert row["distilled"] > row["pruned"] + 0.01, way
+    assert rows["SparseGPT"]["distilled"] > 0.95 > rows["SparseGPT"]["pruned"]
+    assert rows["SparseGPT, measured budget"]["distilled"] > rows["SparseGPT"]["distilled"]
+
+
 def cells(name):
     """The cells of a table of the README."""
     text = (EXAMPLES.parent / "README.md").read_text()
@@ -159,4 +178,12 @@ def test_the_readme_shows_the_committed_records():
     assert cells(FACTORIZED.name) == [
         [row["way"], f"{row['parameters']:.1%}", f"{row['cosine']:.3f}", f"{row['seconds']:.0f}"]
         for row in json.loads(FACTORIZED.read_text())["rows"]
+    ]
+    assert cells(DISTILLED.name) == [
+        [
+            row["way"],
+            *(f"{row[when]:.3f}" for when in ("pruned", "distilled")),
+            f"{row['seconds']:.0f}",
+        ]
+        for row in json.loads(DISTILLED.read_text())["rows"]
     ]

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from jaxcompress.distillation._rows import Row, column, largest, ruled_out, softmax
 
-_NEAR = 0.5  # below this |log ratio|, its series beats the plain formula
+NEAR = 0.5  # below this |log ratio|, its series beats the plain formula
 
 
 def kl(student, teacher, temperature, keep):
@@ -12,9 +12,9 @@ def kl(student, teacher, temperature, keep):
     q, p = softmax(student, temperature, keep), softmax(teacher, temperature, keep)
     both = q.present & p.present
     ratio = jnp.where(both, log_ratio(q, p, student, teacher, temperature), 0.0)
-    near = jnp.abs(ratio) <= _NEAR
+    near = jnp.abs(ratio) <= NEAR
     far = q.probabilities - p.probabilities - p.probabilities * ratio
-    terms = jnp.where(near, p.probabilities * _excess(jnp.where(near, ratio, 0.0)), far)
+    terms = jnp.where(near, p.probabilities * excess(jnp.where(near, ratio, 0.0)), far)
     # A class that only the student has: q - 0 - 0.
     terms = jnp.where(both, terms, q.probabilities)
     terms = jnp.where(p.present & ~q.present, ruled_out(p), terms)
@@ -37,9 +37,14 @@ def log_ratio(q: Row, p: Row, student, teacher, temperature):
     return jnp.where(like, fine, q.logs - p.logs)
 
 
-def _excess(x):
-    """`exp(x) - 1 - x` by its series, for |x| up to `_NEAR`, to relative rounding."""
+def excess(x):
+    """`exp(x) - 1 - x` for |x| up to `NEAR`, to relative rounding."""
+    return 0.5 * x * x * excess_series(x)
+
+
+def excess_series(x):
+    """`(exp(x) - 1 - x) / (x * x / 2)` by its series."""
     series = jnp.ones_like(x)
     for k in range(15 if x.dtype == jnp.float64 else 9, 2, -1):
         series = 1.0 + x / k * series
-    return 0.5 * x * x * series
+    return series

@@ -36,15 +36,20 @@ def require_temperature(function: str, temperature: Any, rows: tuple[int, ...]) 
         raise ValueError(_check.message(function, "temperature", rule, temperature))
 
 
+def require_logits(function: str, argument: str, logits: Any) -> None:
+    """Refuses what is not a real floating-point array with a last axis of classes."""
+    if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
+        rule, fix = "be real floating-point logits", "Give logits, not labels."
+        raise TypeError(_check.message(function, argument, rule, _check.describe(logits), fix))
+    if logits.ndim == 0:
+        rule, got = "have a last axis of classes", _check.describe(logits)
+        raise ValueError(_check.message(function, argument, rule, got))
+
+
 def read(function, student, teacher, temperature, where):
     """Both logits, the temperature and the mask, checked, in the dtype to compute in."""
     for name, logits in {"student_logits": student, "teacher_logits": teacher}.items():
-        if not hasattr(logits, "dtype") or not jnp.issubdtype(logits.dtype, jnp.floating):
-            rule, fix = "be real floating-point logits", "Give logits, not labels."
-            raise TypeError(_check.message(function, name, rule, _check.describe(logits), fix))
-        if logits.ndim == 0:
-            rule, got = "have a last axis of classes", _check.describe(logits)
-            raise ValueError(_check.message(function, name, rule, got))
+        require_logits(function, name, logits)
     if student.shape != teacher.shape:
         rule = f"have the shape of `student_logits`, {list(student.shape)}"
         fix = "Both have a logit for each class of each row; broadcast them yourself."
@@ -93,6 +98,14 @@ def largest(x, present):
     x = jax.lax.stop_gradient(jnp.where(present, x, -jnp.inf))
     top = jnp.max(x, -1, keepdims=True, initial=-jnp.inf)
     return jnp.where(jnp.any(present, -1, keepdims=True), top, 0.0)
+
+
+def log_sum(x, present):
+    """The logarithm of the sum of exponentials of those present, -inf if there are none."""
+    top, some = largest(x, present), jnp.any(present, -1)
+    powers = jnp.where(present, jnp.exp(jnp.where(present, x - top, 0.0)), 0.0)
+    total = jnp.where(some, jnp.sum(powers, -1), 1.0)
+    return jnp.where(some, jnp.squeeze(top, -1) + jnp.log(total), -jnp.inf)
 
 
 def ruled_out(p: Row):

@@ -5,10 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxcompress as jc
-from jaxcompress.distillation import DistillState, distill, kd_loss, mse_logits
-from tests.conftest import lenient
+from jaxcompress.distillation import (
+    DistillState,
+    cosine_gated,
+    distill,
+    dot,
+    kd_loss,
+    mse_logits,
+    norm_balanced,
+    pcgrad,
+    regressors,
+    value_and_multi_grad,
+    weighted_sum,
+)
+from tests.conftest import counting_jit, lenient, mesh_of
 
 WEIGHTS = np.random.default_rng(9).normal(size=(3, 4)).astype(np.float32)
 
@@ -243,6 +256,297 @@ def test_an_empty_batch_adds_nothing(params):
     close(updates, params, rtol=0, atol=0)
 
 
+def test_gradients_of_your_own_forward_pass_are_taken_as_they_are(params):
+    x, numbers = batches(1)[0], {"weight": 0.7, "task_weight": 0.3}
+    calls = []
+
+    def losses(params):
+        calls.append(1)
+        logits = student(params, x)
+        return {
+            "task": jnp.mean(jnp.square(logits)),
+            "teacher": jnp.mean(kd_loss(logits, teacher(x), 2.0)),
+        }
+
+    never = lambda *_: pytest.fail("a model ran")  # noqa: E731
+    opt = distill(never, never, **numbers)
+    _, grads = value_and_multi_grad(losses)(params)
+    extra = {"teacher_grads": grads["teacher"], "batch": x}
+    updates, state = opt.update(grads["task"], opt.init(params), params, **extra)
+    close(updates, jax.grad(summed)(params, x, temperature=2.0, **numbers))
+    assert state.step == 1
+    assert len(calls) == 1
+    # The same updates as with the batch, and None for a leaf without a gradient.
+    other = distill(student, teacher, temperature=2.0, **numbers)
+    expected, _ = other.update(grads["task"], other.init(params), params, batch=x)
+    close(updates, expected)
+    none = {**grads["teacher"], "b": None}
+    updates, _ = opt.update(grads["task"], opt.init(params), params, teacher_grads=none)
+    close(updates["b"], 0.3 * grads["task"]["b"])
+    close(updates["w"], expected["w"])
+
+
+def features(params, batch):
+    hidden = jnp.tanh(batch @ params["w"])
+    return {"hidden": hidden, "logits": hidden + params["b"]}
+
+
+def wide_features(batch):
+    hidden = jnp.concatenate([batch, jnp.sin(batch)], -1)
+    return hidden, teacher(batch)
+
+
+def hint(outputs, targets, temperature, own):
+    """Of hidden states of different widths, through a projection; and of the logits."""
+    hidden, logits = targets
+    gap = outputs["hidden"] @ own["projection"] - hidden
+    return jnp.mean(gap**2) + jnp.mean(kd_loss(outputs["logits"], logits, temperature))
+
+
+def projection():
+    rng = np.random.default_rng(4)
+    return {"projection": jnp.float32(rng.normal(size=(4, 6)))}
+
+
+def with_regressors(**numbers):
+    """A link whose loss has a regressor, trained by Adam."""
+    return distill(
+        features,
+        wide_features,
+        loss=hint,
+        regressors=projection(),
+        regressor_optimizer=lenient(optax.adam(0.05)),
+        **numbers,
+    )
+
+
+def hinted(params, own, x, weight, temperature):
+    distilled = hint(features(params, x), wide_features(x), temperature, own)
+    return task(params, x) + weight * distilled
+
+
+def test_regressors_are_trained_by_the_same_backward_pass(params):
+    xs, adam = batches(4), lenient(optax.adam(0.05))
+    opt = optax.chain(with_regressors(weight=0.7, temperature=2.0), lenient(optax.adam(1e-2)))
+    path, state = jax.jit(lambda params, xs: run(opt, params, xs))(params, xs)
+    # The same training, of both trees together and with an optimizer for each.
+    own, rest = projection(), lenient(optax.adam(1e-2))
+    held, state_rest = adam.init(own), rest.init(params)
+    gradient = jax.jit(jax.grad(hinted, argnums=(0, 1)))
+    for i, x in enumerate(xs):
+        for_params, for_own = gradient(params, own, x, 0.7, 2.0)
+        updates, state_rest = rest.update(for_params, state_rest, params)
+        params = optax.apply_updates(params, updates)
+        moves, held = adam.update(for_own, held, own)
+        own = optax.apply_updates(own, moves)
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], path), params, rtol=1e-4, atol=1e-5)
+    close(regressors(state), own, rtol=1e-4, atol=1e-5)
+    close(state[0].inner[0].mu, held[0].mu, rtol=1e-4, atol=1e-5)
+    assert jax.tree.structure(path) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("wrap", ["chain", "multi_steps", "inject", "projected_inside"])
+def test_regressors_are_read_wherever_they_are_nested(params, wrap):
+    x = batches(1)[0]
+    opt = with_regressors()
+    if wrap == "chain":
+        opt = optax.chain(optax.identity(), optax.chain(opt, optax.sgd(0.1)))
+    elif wrap == "multi_steps":
+        steps = optax.MultiSteps(opt, 1)
+        opt = lenient(optax.GradientTransformationExtraArgs(steps.init, steps.update))
+    elif wrap == "inject":
+        make = lambda weight: with_regressors(weight=weight)  # noqa: E731
+        opt = lenient(optax.inject_hyperparams(make)(weight=1.0))
+    else:
+        opt = optax.chain(opt, jc.projected(lenient(optax.adam(0.1)), jc.prune(0.5)))
+    state = opt.init(params)
+    close(regressors(state), projection(), rtol=0, atol=0)
+    _, state = jax.jit(opt.update)(params, state, params, batch=x)
+    grad = jax.jit(jax.grad(hinted, argnums=1))(params, projection(), x, 1.0, 1.0)
+    expected = jax.tree.map(lambda r, g: r - 0.05 * jnp.sign(g), projection(), grad)
+    close(regressors(state), expected, rtol=1e-3)
+
+
+def test_gradients_of_your_own_train_the_regressors(params):
+    x, opt = batches(1)[0], with_regressors(weight=0.5)
+    state = opt.init(params)
+
+    def losses(params, own):
+        return task(params, x), hint(features(params, x), wide_features(x), jnp.float32(1), own)
+
+    _, (ours, theirs) = value_and_multi_grad(losses, (0, 1))(params, regressors(state))
+    extra = {"teacher_grads": theirs[0], "regressor_grads": theirs[1]}
+    got = opt.update(ours[0], state, params, **extra)
+    close(got, opt.update(ours[0], state, params, batch=x))
+    with pytest.raises(TypeError, match=r"distill: `regressor_grads` must be given.*regressors\("):
+        opt.update(ours[0], state, params, teacher_grads=theirs[0])
+
+
+def test_the_state_owns_its_regressors_and_keeps_its_types(params):
+    x = batches(1)[0]
+    for dtype in (jnp.float32, jnp.bfloat16):
+        own = {"projection": jnp.asarray(projection()["projection"], dtype), "none": None}
+        opt = distill(
+            features,
+            wide_features,
+            loss=lambda s, t, T, own: hint(s, t, T, jax.tree.map(jnp.float32, own)),
+            regressors=own,
+            regressor_optimizer=lenient(optax.adam(0.05)),
+        )
+        update = counting_jit(lambda state, opt=opt: opt.update(params, state, params, batch=x)[1])
+        donating = jax.jit(update, donate_argnums=0)
+        state = donating(donating(opt.init(params)))
+        assert regressors(state)["projection"].dtype == dtype
+        assert regressors(state)["none"] is None
+        assert update.traces == 1
+        np.testing.assert_array_equal(opt.init(params).regressors["projection"], own["projection"])
+    # Two links in one chain: both, in order.
+    opt = optax.chain(with_regressors(), with_regressors(weight=0.0))
+    assert isinstance(regressors(opt.init(params)), tuple)
+    assert len(regressors(opt.init(params))) == 2
+
+
+def test_outputs_may_differ_in_shape_where_the_loss_is_your_own(params):
+    x = batches(1)[0]
+    mean_gap = lambda s, t, _: (jnp.mean(s["hidden"], -1) - jnp.mean(t[0], -1)) ** 2  # noqa: E731
+    opt = distill(features, wide_features, loss=mean_gap)
+    updates, _ = opt.update(params, opt.init(params), params, batch=x)
+    gap = lambda p: jnp.mean(mean_gap(features(p, x), wide_features(x), None))  # noqa: E731
+    close(updates, jax.tree.map(jnp.add, params, jax.grad(gap)(params)))
+
+
+def test_a_student_with_dropout_takes_its_key_from_the_batch(params):
+    x = batches(1)[0]
+
+    def dropped(params, batch):
+        keep = jax.random.bernoulli(batch["key"], 0.5, batch["x"].shape)
+        return student(params, jnp.where(keep, 2 * batch["x"], 0.0))
+
+    opt = distill(dropped, lambda batch: teacher(batch["x"]), task_weight=0.0)
+    update = jax.jit(lambda key: opt.update(params, opt.init(params), params, batch=key)[0])
+    for seed in range(2):
+        batch = {"key": jax.random.key(seed), "x": x}
+        loss = lambda p: jnp.mean(kd_loss(dropped(p, batch), teacher(x)))  # noqa: B023, E731
+        close(update(batch), jax.grad(loss)(params))
+
+
+COMBINATIONS = {
+    "pcgrad": lambda: pcgrad(key=jax.random.key(0), per_leaf=True),
+    "cosine_gated": cosine_gated,
+    "norm_balanced": lambda: norm_balanced(0.5, 0.9),
+    "dot": dot,
+    "weighted_sum": lambda: weighted_sum(1.0, optax.linear_schedule(1.0, 0.0, 4)),
+}
+
+
+@pytest.mark.parametrize("make", COMBINATIONS.values(), ids=COMBINATIONS.keys())
+def test_the_weighted_gradients_meet_in_the_combination(params, make):
+    xs, numbers = batches(3), {"weight": 0.7, "task_weight": 0.3, "temperature": 2.0}
+    opt = optax.chain(distill(student, teacher, combine=make(), **numbers), optax.sgd(0.1))
+    path, state = jax.jit(lambda params, xs: run(opt, params, xs))(params, xs)
+    held, update = make().init(params, 2), jax.jit(make().update)
+    ours = jax.jit(lambda p, x: jax.grad(summed)(p, x, weight=0.0, task_weight=0.3))
+    theirs = jax.jit(
+        lambda p, x: jax.grad(summed)(p, x, weight=0.7, task_weight=0.0, temperature=2.0)
+    )
+    for i, x in enumerate(xs):
+        pair = (ours(params, x), theirs(params, x))
+        gradient, held = update(pair, held, params, step=jnp.int32(i))
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient)
+        close(jax.tree.map(lambda leaf, i=i: leaf[i], path), params, rtol=1e-4, atol=1e-5)
+    assert jax.tree.structure(state[0].combination) == jax.tree.structure(held)
+
+
+def test_clipping_after_it_clips_the_summed_gradient(params):
+    x, clip = batches(1)[0], optax.clip_by_global_norm(0.05)
+    grads = jax.grad(task)(params, x)
+    opt = optax.chain(distill(student, teacher, weight=0.7), clip)
+    updates, _ = opt.update(grads, opt.init(params), params, batch=x)
+    close(updates, clip.update(jax.grad(summed)(params, x, weight=0.7), ())[0])
+    np.testing.assert_allclose(optax.tree.norm(updates), 0.05, rtol=1e-5)
+    # Clipping before it clips the task's gradient alone.
+    opt = optax.chain(clip, distill(student, teacher, weight=0.7))
+    updates, _ = opt.update(grads, opt.init(params), params, batch=x)
+    distilled = jax.grad(summed)(params, x, weight=0.7, task_weight=0.0)
+    close(updates, jax.tree.map(jnp.add, clip.update(grads, ())[0], distilled))
+
+
+def test_the_dense_version_of_a_compressed_student_teaches_it(params):
+    xs = batches(1)[0]
+    batch = {"x": jnp.concatenate([xs, -xs, 2 * xs])}
+    dense_student = lambda p, batch: jnp.tanh(student(p, batch["x"]))  # noqa: E731
+    # The mask is held in the second half, as the rate falls.
+    sparse = jc.every(1, jc.prune(0.5), end=100)
+    compressed = jc.chain(sparse, jc.quantize(4, ranges=jc.quantization.min_max))
+    adam = lambda: lenient(optax.adam(optax.cosine_decay_schedule(0.05, 200)))  # noqa: E731
+    # Of a student that lies in the compressed set.
+    goal = jc.compress(compressed, {"w": jnp.asarray(WEIGHTS), "b": jnp.zeros((1, 4))})
+    target = dense_student(goal, batch)
+    fit = lambda p: jnp.mean((dense_student(p, batch) - target) ** 2)  # noqa: E731
+    opt = optax.chain(
+        distill(
+            dense_student,
+            lambda batch: dense_student(batch["dense"], batch),
+            loss=lambda s, t, _: mse_logits(s, t),
+            weight=0.5,
+        ),
+        jc.straight_through(adam(), compressed),
+    )
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(fit)(params)
+        taught = {**batch, "dense": jc.latent(state)}
+        updates, state = opt.update(grads, state, params, batch=taught)
+        params = optax.apply_updates(params, updates)
+        return (params, state), fit(params)
+
+    train = jax.jit(lambda params: jax.lax.scan(step, (params, opt.init(params)), length=200))
+    (last, state), losses = train(params)
+    # It trains, and what it gives is the projection of its dense weights.
+    assert losses[-1] < 0.1 * losses[0]
+    np.testing.assert_array_equal(jnp.mean(last["w"] == 0) >= 0.5, True)
+    expected = compressed.project(jc.latent(state), jc.structure(state))
+    close(last, expected, rtol=1e-6, atol=1e-7)
+    close(jc.todense(jc.pack(state, last)), last, rtol=1e-6, atol=1e-7)
+    # The link's gradient is that of the sum with the dense teacher held still.
+    grads = jax.grad(fit)(last)
+    taught = {**batch, "dense": jc.latent(state)}
+    updates, _ = jax.jit(opt.update)(grads, state, last, batch=taught)
+    teaching = jax.lax.stop_gradient(dense_student(jc.latent(state), batch))
+    both = jax.grad(lambda p: fit(p) + 0.5 * jnp.mean((dense_student(p, batch) - teaching) ** 2))(
+        last
+    )
+    rest = jc.straight_through(adam(), compressed)
+    close(updates, jax.jit(rest.update)(both, state[1], last)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_sharded_params_and_batch(params, kind):
+    opt = optax.chain(
+        distill(
+            lambda p, x: {"hidden": jnp.tanh(x * p["w"])},
+            lambda x: jnp.tanh(x),
+            loss=lambda s, t, _, own: (s["hidden"] * own["scale"] - t) ** 2,
+            regressors={"scale": jnp.ones((8, 4))},
+            regressor_optimizer=lenient(optax.adam(0.1)),
+            combine=pcgrad(),
+        ),
+        lenient(optax.adam(0.1)),
+    )
+    wide = {"w": jnp.tile(params["w"][:2], (4, 1))}
+    x = jnp.tile(batches(1)[0][:4, :1], (2, 4))
+    grads = jax.tree.map(lambda w: jnp.sin(3 * w), wide)
+    update = jax.jit(lambda g, p, x: opt.update(g, opt.init(p), p, batch=x))
+    expected, state = update(grads, wide, x)
+    mesh = mesh_of(kind, 8)
+    with jax.set_mesh(mesh):
+        place = lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec("d")))  # noqa: E731
+        got, after = update(jax.tree.map(place, grads), jax.tree.map(place, wide), place(x))
+    close(jax.device_get(got), expected)
+    close(jax.device_get(regressors(after)), regressors(state))
+
+
 def test_the_batch_is_any_tree_and_other_extra_arguments_are_ignored(params):
     x = batches(1)[0]
     opt = distill(
@@ -286,3 +590,17 @@ def test_errors_say_what_to_do(params):
         distill(student, teacher, weight="heavy")
     with pytest.raises(ValueError, match="distill: `temperature` must be a real number above 0"):
         distill(student, teacher, temperature=0.0)
+    with pytest.raises(ValueError, match="Other shapes, as of features, need a loss of your own"):
+        distill(features, wide_features).update(params, state, params, batch=x)
+    with pytest.raises(TypeError, match=r"`regressor_optimizer` must be an optax.*got NoneType"):
+        distill(student, teacher, regressors={"w": jnp.ones(2)})
+    with pytest.raises(TypeError, match="`regressors` must be given with `regressor_optimizer`"):
+        distill(student, teacher, regressor_optimizer=optax.sgd(0.1))
+    with pytest.raises(TypeError, match=r"`regressors` must hold real.*int32\[2\] at 'ids'"):
+        distill(
+            student, teacher, regressors={"ids": jnp.arange(2)}, regressor_optimizer=optax.sgd(0.1)
+        )
+    with pytest.raises(TypeError, match="distill: `combine` must be a combination of gradients"):
+        distill(student, teacher, combine=pcgrad)
+    with pytest.raises(ValueError, match="regressors: `opt_state` must hold the state of distill"):
+        regressors(state)
