@@ -10,7 +10,7 @@ ROOT = pathlib.Path(jaxcompress.__file__).parent
 LEVELS = [
     {"_types", "_dtypes"},
     {"_check", "_keys"},
-    {"_sharding"},
+    {"_sharding", "_files"},
     {"tree"},
     {"arrays", "schedules"},
     {"projections", "tracing"},

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress import _check
+from jaxcompress import _check, _files
 from jaxcompress._types import PyTree
 from jaxcompress.distillation import _cache_file, _cache_index, _cache_rows
 from jaxcompress.distillation._cache_file import About, Leaf
@@ -129,7 +129,7 @@ def open_cache(
 
     def write(ids, outputs):
         nonlocal runs
-        library = _safetensors()
+        library = _files.safetensors("cache.write")
         names = _new_ids(ids, files)
         arrays = _cache_rows.rows(outputs, len(names))
         leaves, stored = [], []
@@ -227,17 +227,6 @@ def _make(folder: str) -> None:
         raise FileNotFoundError(
             _check.message("cache.write", "folder", rule, repr(folder), fix)
         ) from None
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError(
-            'open_cache: the package safetensors is missing. Run: pip install "jaxcompress[save]"'
-        ) from error
-    return safetensors
 
 
 def _require_one_teacher(teacher: str, file: _cache_file.File) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress import _check
+from jaxcompress import _check, _files
 
 SUFFIX = ".safetensors"
 VERSION = 1
@@ -78,7 +78,7 @@ def write(
     digest = _digest(note, tensors["ids"], tensors["checks"])
     data = library.numpy.save(tensors, metadata={_ABOUT: note, _DIGEST: digest})
     path = os.path.join(folder, uuid.uuid4().hex + SUFFIX)
-    _write_whole(path, data)
+    _files.write_whole("cache.write", path, data)
     return read("cache.write", path)
 
 
@@ -201,26 +201,3 @@ def _start(leaf: Leaf, count: int, places: dict[str, tuple]) -> int:
     if (dtype, shape) != (leaf.dtype, (count, *leaf.shape)):
         raise ValueError(f"{leaf.path!r} with another shape or dtype than is written there")
     return start
-
-
-def _write_whole(path: str, data: bytes) -> None:
-    """Writes next to it, flushes to the disk, renames: a crash leaves no part under the name."""
-    folder = os.path.dirname(path)
-    part = path + ".part"
-    try:
-        with open(part, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        if os.path.exists(part):
-            os.remove(part)
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        # The rename itself reaches the disk with the directory.
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

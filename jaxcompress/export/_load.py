@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress import _check
+from jaxcompress import _check, _files
 from jaxcompress._types import PyTree
 from jaxcompress.arrays import is_compressed
 from jaxcompress.export import _fields, _format
@@ -58,7 +58,7 @@ def load(path: str | os.PathLike, *, like: PyTree = None) -> PyTree:
         TraceState(trace=Array([0, 1], dtype=int32))
     """
     name = os.fsdecode(path)
-    library = _format.safetensors("load")
+    library = _files.safetensors("load")
     with _open("load", name) as file:
         data = file.read()
     metadata = _format.read_header("load", name, data, len(data))

@@ -4,7 +4,7 @@ import json
 import os
 from types import ModuleType
 
-from jaxcompress import _check
+from jaxcompress import _check, _files
 from jaxcompress._types import PyTree
 from jaxcompress.export import _format
 from jaxcompress.export._structure import CODES, encode
@@ -57,7 +57,7 @@ def save(
         >>> jc.export.read_metadata("small.safetensors")
         {'step': '10'}
     """
-    library = _format.safetensors("save")
+    library = _files.safetensors("save")
     notes = _notes(metadata)
     tensors: dict = {}
     structure = encode(params, "", tensors)
@@ -66,7 +66,7 @@ def save(
     notes[_format.PREFIX + "structure"] = json.dumps(structure, separators=(",", ":"))
     notes[_format.PREFIX + "data_sha256"] = _format.data_digest(listed)
     notes[_format.PREFIX + "sha256"] = _format.header_digest(notes)
-    _format.write_whole(os.fsdecode(path), _serialize(library, tensors, notes))
+    _files.write_whole("save", os.fsdecode(path), _serialize(library, tensors, notes))
 
 
 def _serialize(library: ModuleType, tensors: dict, notes: dict[str, str]) -> bytes:
