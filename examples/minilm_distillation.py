@@ -28,7 +28,7 @@ def main() -> None:
     options, task = minilm.parser(__doc__).parse_args(), minilm.task()
     embed = jax.jit(task.embed)
     dense = embed(task.params)
-    steps, chosen = (3, WAYS[:1]) if options.quick else (STEPS, WAYS)
+    steps, chosen = (20, WAYS[:1]) if options.quick else (STEPS, WAYS)
     ways = pruning.one_shot(0.5, task)
     if not options.quick:
         ways |= pruning.beyond(0.5, task)

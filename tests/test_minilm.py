@@ -180,10 +180,6 @@ def test_the_readme_shows_the_committed_records():
         for row in json.loads(FACTORIZED.read_text())["rows"]
     ]
     assert cells(DISTILLED.name) == [
-        [
-            row["way"],
-            *(f"{row[when]:.3f}" for when in ("pruned", "distilled")),
-            f"{row['seconds']:.0f}",
-        ]
+        [row["way"], f"{row['pruned']:.3f}", f"{row['distilled']:.3f}"]
         for row in json.loads(DISTILLED.read_text())["rows"]
     ]
