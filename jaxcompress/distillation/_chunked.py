@@ -95,7 +95,7 @@ def chunked_kd_loss(
         >>> loss.shape, bool(jnp.allclose(loss, plain, rtol=1e-4))
         ((2, 5), True)
 
-    Source: Hinton et al. 2015, arXiv:1503.02531, section 2; Agarwal et al. 2024,
+    Source: Hinton et al. 2015, arXiv:1503.02531, section 2; Agarwal et al. 2023,
     arXiv:2306.13649, section 2 (Jensen-Shannon); Ko et al. 2024, arXiv:2402.03898, section 3.1
     (skewed); the sums by chunks with a running maximum are of Milakov & Gimelshein 2018,
     arXiv:1805.02867, recomputed in the backward pass as by Wijmans et al. 2025,

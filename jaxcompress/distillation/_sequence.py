@@ -125,7 +125,7 @@ def sequence_loss(losses: ArrayLike, mask: ArrayLike, *, per_sequence: bool) -> 
         >>> bool(losses[-1] < losses[0] / 10)
         True
 
-    Source: Agarwal et al. 2024, arXiv:2306.13649, equation 2 (the mean over the tokens of each
+    Source: Agarwal et al. 2023, arXiv:2306.13649, equation 2 (the mean over the tokens of each
     sequence).
     """
     name = "sequence_loss"

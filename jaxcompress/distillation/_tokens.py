@@ -38,7 +38,7 @@ def answer_mask(
         Array([[0, 0, 1, 1, 0],
                [0, 0, 1, 1, 1]], dtype=int32)
 
-    Source: the outputs y of Agarwal et al. 2024, arXiv:2306.13649, section 2.
+    Source: the outputs y of Agarwal et al. 2023, arXiv:2306.13649, section 2.
     """
     name = "answer_mask"
     _integers(name, "tokens", tokens, 1)
@@ -126,7 +126,7 @@ def mix_sequences(key: jax.Array, sampled: PyTree, fixed: PyTree, fraction: Arra
         Array([[0, 0],
                [1, 1]], dtype=int32)
 
-    Source: Agarwal et al. 2024, arXiv:2306.13649, algorithm 1. Differs: each sequence is drawn,
+    Source: Agarwal et al. 2023, arXiv:2306.13649, algorithm 1. Differs: each sequence is drawn,
     where the paper draws once for a whole batch; the expected loss is the same, its variance
     less, and no branch is needed.
     """
