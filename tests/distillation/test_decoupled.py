@@ -17,6 +17,7 @@ from jaxcompress.distillation import (
     teacher_free_loss,
 )
 from tests.conftest import counting_jit
+from tests.distillation import slopes
 from tests.distillation.test_logits import compiled, some_logits
 
 LABELS = np.array([0, 3, 6, 3, 1])
@@ -127,15 +128,7 @@ def test_gradients_equal_finite_differences(loss):
     with jax.enable_x64(True):
         total = lambda s, t, temperature: loss(s, t, jnp.asarray(label), temperature)[0]  # noqa: E731
         grads = jax.jit(jax.grad(total, (0, 1, 2)))(*map(jnp.asarray, args))
-    for argument, grad in enumerate(grads):
-        for i in np.ndindex(np.shape(args[argument])):
-            sides = []
-            for step in (1e-5, -1e-5):
-                moved = np.array(args[argument])
-                moved[i] += step
-                sides.append(oracle(*args[:argument], moved, *args[argument + 1 :]))
-            slope = (sides[0] - sides[1]) / 2e-5
-            np.testing.assert_allclose(grad[i], slope, rtol=1e-6, atol=1e-8)
+    slopes.check(grads, oracle, args)
 
 
 def test_two_classes_have_nothing_beside_the_label():

@@ -9,6 +9,7 @@ import pytest
 
 from jaxcompress.distillation import dist_loss, kd_loss, mse_logits, standardize_logits
 from tests.conftest import counting_jit
+from tests.distillation import slopes
 from tests.distillation.test_logits import compiled, softmax, some_logits
 
 
@@ -105,15 +106,7 @@ def test_gradients_of_dist_equal_finite_differences():
     args = [student, teacher, np.float64(2.0)]
     with jax.enable_x64(True):
         _, grads = compiled(dist_loss, (0, 1, 2))(*map(jnp.asarray, args))
-    for argument, grad in enumerate(grads):
-        for i in np.ndindex(np.shape(args[argument])):
-            sides = []
-            for step in (1e-5, -1e-5):
-                moved = np.array(args[argument])
-                moved[i] += step
-                sides.append(oracle(*args[:argument], moved, *args[argument + 1 :]).sum())
-            slope = (sides[0] - sides[1]) / 2e-5
-            np.testing.assert_allclose(grad[i], slope, rtol=1e-6, atol=1e-8)
+    slopes.check(grads, lambda *args: oracle(*args).sum(), args)
 
 
 def test_what_is_constant_correlates_with_nothing():

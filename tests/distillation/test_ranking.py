@@ -10,6 +10,7 @@ import scipy.stats
 
 from jaxcompress.distillation import ranking_loss
 from tests.conftest import counting_jit
+from tests.distillation import slopes
 from tests.distillation.test_logits import compiled, some_logits
 
 
@@ -74,15 +75,7 @@ def test_gradients_equal_finite_differences():
         grads = jax.jit(jax.grad(lambda s, t, k: ranking_loss(s, t, sharpness=k), (0, 1, 2)))(
             *map(jnp.asarray, args)
         )
-    for argument, grad in enumerate(grads):
-        for i in np.ndindex(np.shape(args[argument])):
-            sides = []
-            for step in (1e-5, -1e-5):
-                moved = np.array(args[argument])
-                moved[i] += step
-                sides.append(oracle(*args[:argument], moved, *args[argument + 1 :]))
-            slope = (sides[0] - sides[1]) / 2e-5
-            np.testing.assert_allclose(grad[i], slope, rtol=1e-6, atol=1e-8)
+    slopes.check(grads, oracle, args)
 
 
 def test_ties_are_half_wrong():

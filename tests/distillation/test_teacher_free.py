@@ -10,6 +10,7 @@ import pytest
 
 from jaxcompress.distillation import kd_loss, smoothed_cross_entropy, teacher_free_loss
 from tests.conftest import counting_jit
+from tests.distillation import slopes
 from tests.distillation.test_logits import compiled, softmax, some_logits
 
 LABELS = np.array([0, 3, 6, 3, 1])
@@ -116,15 +117,7 @@ def test_gradients_equal_finite_differences(loss):
 
     with jax.enable_x64(True):
         grads = jax.jit(jax.grad(ours, (0, 1, 2)))(*map(jnp.asarray, args))
-    for argument, grad in enumerate(grads):
-        for i in np.ndindex(np.shape(args[argument])):
-            sides = []
-            for step in (1e-5, -1e-5):
-                moved = np.array(args[argument])
-                moved[i] += step
-                sides.append(oracle(*args[:argument], moved, *args[argument + 1 :]))
-            slope = (sides[0] - sides[1]) / 2e-5
-            np.testing.assert_allclose(grad[i], slope, rtol=1e-6, atol=1e-8)
+    slopes.check(grads, oracle, args)
 
 
 def test_a_sweep_is_a_loop_with_finite_ends():

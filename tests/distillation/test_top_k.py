@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress.distillation import TopK, kd_loss, top_k, top_k_loss
 from tests.conftest import counting_jit, mesh_of
+from tests.distillation import slopes
 
 kept_of = jax.jit(top_k, static_argnames=("k", "dtype"))
 loss_of = jax.jit(top_k_loss)
@@ -277,18 +278,8 @@ def test_gradients_equal_finite_differences(argument):
     with jax.enable_x64(True):
         args = [student, teacher, np.float64(2.0)]
         _, grad = compiled(4, argument)(*map(jnp.asarray, args))
-        flat = np.atleast_1d(args[argument])
-        expected = []
-        for i in range(flat.size):
-            sides = []
-            for step in (1e-5, -1e-5):
-                moved = flat.copy()
-                moved[i] += step
-                moved = moved.reshape(np.shape(args[argument]))
-                s, t, T = [*args[:argument], moved, *args[argument + 1 :]]
-                sides.append(oracle(s, t, 4, T))
-            expected.append((sides[0] - sides[1]) / 2e-5)
-        np.testing.assert_allclose(np.atleast_1d(grad), expected, rtol=1e-6, atol=1e-8)
+        expected = slopes.by_differences(lambda s, t, T: oracle(s, t, 4, T), args, argument)
+        np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_temperature_is_traced_per_row_and_mapped():
