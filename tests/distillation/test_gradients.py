@@ -521,6 +521,39 @@ def test_the_dense_version_of_a_compressed_student_teaches_it(params):
     close(updates, jax.jit(rest.update)(both, state[1], last)[0], rtol=1e-5, atol=1e-6)
 
 
+def test_one_chain_prunes_quantizes_factorizes_and_distils():
+    rng = np.random.default_rng(3)
+    shapes = {"in": (8, 16), "middle": (16, 16), "out": (16, 4)}
+    draw = lambda: {k: jnp.float32(rng.normal(size=s) / 4) for k, s in shapes.items()}  # noqa: E731
+    x, teacher, start = jnp.float32(rng.normal(size=(64, 8))), draw(), draw()
+    model = lambda p, x: jnp.tanh(jnp.tanh(x @ p["in"]) @ p["middle"]) @ p["out"]  # noqa: E731
+    four = jc.quantize(4, ranges=jc.quantization.min_max)
+    sparse = jc.every(1, jc.prune(0.5), end=100)
+    ways = {"in": jc.chain(sparse, four), "middle": jc.chain(jc.low_rank(6), four), "out": four}
+    p = jc.partition(ways)
+    opt = optax.chain(
+        distill(model, lambda x: model(teacher, x), loss=lambda s, t, _: mse_logits(s, t)),
+        jc.straight_through(lenient(optax.adam(optax.cosine_decay_schedule(0.05, 200))), p),
+    )
+
+    def step(carry, _):
+        params, state = carry
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        updates, state = opt.update(nothing, state, params, batch=x)
+        params = optax.apply_updates(params, updates)
+        return (params, state), jnp.mean((model(params, x) - model(teacher, x)) ** 2)
+
+    train = jax.jit(lambda params: jax.lax.scan(step, (params, opt.init(params)), length=200))
+    (last, state), losses = train(start)
+    assert losses[-1] < 0.5 * losses[0]
+    assert jnp.mean(last["in"] == 0) >= 0.5
+    close(last, p.project(jc.latent(state), jc.structure(state)), rtol=1e-6, atol=1e-7)
+    small = jc.pack(state, last)
+    assert sum(w.nbytes for w in small.values()) < 0.3 * sum(w.nbytes for w in last.values())
+    # Rounding may leave the products of the factors' codes elsewhere in the last bit.
+    close(jc.lift(model)(small, x), model(last, x), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 def test_sharded_params_and_batch(params, kind):
     opt = optax.chain(
