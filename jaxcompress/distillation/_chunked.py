@@ -54,6 +54,7 @@ def chunked_kd_loss(
         teacher_hidden: shape [..., teacher features], the student's leading axes.
         teacher_head: shape [teacher features, classes].
         temperature: :math:`T > 0`, a scalar or one number per token. May be traced.
+            A traced number out of its range, here and below, makes the loss NaN.
         reverse: :math:`\rho`, the share of the student's divergence, 0 to 1. May be traced.
         mixture: :math:`\lambda`, the teacher's share in the mixture, 0 to 1. May be traced.
             Where both are None, only the cheaper KL(p, q) is computed; one of them alone makes
@@ -126,8 +127,9 @@ def chunked_kd_loss(
     dtype = jnp.float64 if double else jnp.float32
     numbers = None
     if not (reverse is None and mixture is None):
-        numbers = tuple(jnp.asarray(0.0 if x is None else x, dtype) for x in (reverse, mixture))
-    tempers = jnp.broadcast_to(jnp.asarray(temperature, dtype), rows)
+        numbers = tuple(_share(0.0 if x is None else x, dtype) for x in (reverse, mixture))
+    temperature = jnp.asarray(temperature, dtype)
+    tempers = jnp.broadcast_to(jnp.where(temperature > 0, temperature, jnp.nan), rows)
     if 0 in (*rows, classes):
         return jnp.zeros(rows, dtype)
     width = classes if class_chunk is None else min(class_chunk, classes)
@@ -147,21 +149,27 @@ def _by_tokens(plan, student, teacher, temperature, numbers, keep):
     size = min(plan.tokens, count)
     chunks = -(-count // size)
 
-    def split(x):
+    def split(x, padding=0.0):
         """[chunks, size, ...]: a chunk has tokens of every device along a sharded axis."""
         x = x.reshape(count, *x.shape[keep.ndim :])
-        x = jnp.pad(x, [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1))
+        widths = [(0, chunks * size - count)] + [(0, 0)] * (x.ndim - 1)
+        x = jnp.pad(x, widths, constant_values=padding)
         return jnp.swapaxes(x.reshape(size, chunks, *x.shape[1:]), 0, 1)
 
     def read(side):
         hidden = jnp.where(jnp.expand_dims(keep, -1), side.hidden, jnp.zeros((), side.hidden.dtype))
         return side._replace(hidden=split(hidden))
 
-    tempers = split(jnp.where(keep, temperature, 1.0))
-    tempers = jnp.where(tempers > 0, tempers, 1.0)  # the padding's
+    tempers = split(jnp.where(keep, temperature, 1.0), 1.0)
     loss: Any = streamed_loss(plan, read(student), read(teacher), tempers, numbers)
     loss = jnp.swapaxes(loss, 0, 1).reshape(-1)[:count].reshape(keep.shape)
     return jnp.where(keep, loss, 0.0)
+
+
+def _share(value, dtype):
+    """A number in [0, 1], NaN if it is outside."""
+    value = jnp.asarray(value, dtype)
+    return jnp.where((value >= 0) & (value <= 1), value, jnp.nan)
 
 
 def _side(function, who, hidden, head, bias, transposed) -> Side:

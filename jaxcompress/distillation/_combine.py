@@ -11,6 +11,7 @@ import optax
 from jaxcompress import _check
 from jaxcompress._types import Numeric, PyTree
 from jaxcompress.projections import is_masked_node, number_at
+from jaxcompress.tree import path_string
 
 
 class Combination(NamedTuple):
@@ -212,6 +213,7 @@ def aligned(
             raise ValueError(_check.message(function, "gradients", rule, got))
         flat.append(leaves)
     like = first if params is None else flat.pop()
+    _require_shapes(function, gradients[0], like, flat)
     columns = [_column(*each) for each in zip(like, *flat, strict=True)]
     trees = tuple(treedef.unflatten([c[k] for c in columns]) for k in range(len(flat)))
 
@@ -225,6 +227,18 @@ def aligned(
         )
 
     return trees, back
+
+
+def _require_shapes(function: str, first: PyTree, like: list[Any], flat: list[list[Any]]) -> None:
+    """Refuses gradients that would be broadcast, and the params with them."""
+    paths = jax.tree_util.tree_flatten_with_path(first, is_leaf=_is_hole)[0]
+    for (path, _), wanted, *several in zip(paths, like, *flat, strict=True):
+        for g in several:
+            if is_inexact(wanted) and is_inexact(g) and jnp.shape(g) != jnp.shape(wanted):
+                rule, at = f"have the shape {list(jnp.shape(wanted))}", path_string(path)
+                fix = "Of the gradients of a vector of losses take each by its leading index."
+                got = _check.describe(g)
+                raise ValueError(_check.message(function, "gradients", rule, got, fix, path=at))
 
 
 def _column(like: Any, *gradients: Any) -> list[Any]:

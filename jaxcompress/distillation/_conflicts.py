@@ -177,6 +177,9 @@ def norm_balanced(
     _check.numeric("norm_balanced", "ratio", ratio, 0)
     if decay is not None:
         _check.numeric("norm_balanced", "decay", decay, 0, 1)
+        if not (callable(decay) or _check.is_traced(decay)) and decay == 1:
+            rule, fix = "be below 1", "The average would never begin."
+            raise ValueError(_check.message("norm_balanced", "decay", rule, decay, fix))
 
     def init(params, count):
         if decay is None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxcompress import _check, tree
@@ -77,8 +78,8 @@ def distill(
             Optax schedule of the step.
         task_weight: :math:`w_\mathrm{task}`, of the incoming updates; the same choice.
         temperature: :math:`T > 0`, given to `loss` as a real array; the same choice.
-        loss: static. Any function `(student_output, teacher_output, temperature)` -> array; its
-            mean over all entries is taken. Without a temperature:
+        loss: static. Any function `(student_output, teacher_output, temperature)` -> one array;
+            its mean over all entries is taken. Without a temperature:
             `loss=lambda s, t, _: jc.mse_logits(s, t)`. For the default one both outputs are
             logits of one shape.
         regressors: parameters that only the loss has, such as the projection of a student's
@@ -204,7 +205,7 @@ def distill(
             rule = "be given to `update` (distill needs params)"
             raise ValueError(_check.message("distill", "params", rule, got, fix))
         if teacher_grads is not None:
-            _require_regressor_grads(trainer, regressor_grads)
+            _require_regressor_grads(state.regressors, regressor_grads)
             grads, others = teacher_grads, regressor_grads
         elif batch is _MISSING:
             got, fix = "nothing", "Call opt.update(grads, state, params, batch=batch)."
@@ -286,6 +287,10 @@ def _gradient(objective, trained):
 
 
 def _mean(values):
+    if not isinstance(values, (jax.Array, np.ndarray, np.number, float)):
+        rule, got = "return one array", _check.describe(values)
+        fix = "What else it computes can't be handed on."
+        raise TypeError(_check.message("distill", "loss", rule, got, fix))
     values = jnp.asarray(values)
     if not jnp.issubdtype(values.dtype, jnp.floating):
         rule, got = "return real floating-point numbers", _check.describe(values)
@@ -331,11 +336,18 @@ def _require_regressors(regressors, optimizer) -> None:
             raise TypeError(_check.message("distill", "regressors", rule, got, fix, path=path))
 
 
-def _require_regressor_grads(trainer, grads) -> None:
-    if trainer is not None and grads is None:
-        rule = "be given to `update` with `teacher_grads`, as there are regressors"
-        fix = "Differentiate your loss by jc.distillation.regressors(state) too."
-        raise TypeError(_check.message("distill", "regressor_grads", rule, "nothing", fix))
+def _require_regressor_grads(regressors, grads) -> None:
+    rule = "be given to `update` with `teacher_grads` where there are regressors, and only there"
+    fix = "Differentiate your loss by jc.distillation.regressors(state) too."
+    if (grads is None) == bool(jax.tree.leaves(regressors)):
+        got = "nothing" if grads is None else "some without regressors"
+        raise TypeError(_check.message("distill", "regressor_grads", rule, got, fix))
+    if grads is None:
+        return
+    if jax.tree.map(jnp.shape, grads) != jax.tree.map(jnp.shape, regressors):
+        rule = f"be like the regressors, {jax.tree.map(_check.describe, regressors)}"
+        got = jax.tree.map(_check.describe, grads)
+        raise ValueError(_check.message("distill", "regressor_grads", rule, got, fix))
 
 
 def _require_same_shapes(logits, targets) -> None:

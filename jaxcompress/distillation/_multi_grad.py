@@ -148,9 +148,10 @@ def _pair(out: Any) -> tuple[Any, Any]:
 def _checked(losses: Any) -> Any:
     for path, loss in _paths(losses):
         rule, got = "return real floating-point losses, scalars or vectors", _check.describe(loss)
+        path = path or None
         if not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
             raise TypeError(_check.message(_FUNCTION, "fun", rule, got, path=path))
-        if jnp.ndim(loss) > 1:
+        if jnp.ndim(loss) > 1 or jnp.size(loss) == 0:
             fix = "Take the mean over the batch."
             raise ValueError(_check.message(_FUNCTION, "fun", rule, got, fix, path=path))
     return losses

@@ -399,3 +399,13 @@ def test_errors_name_the_argument():
         f(h, w, g, u, where=jnp.ones(TOKENS))
     with pytest.raises(ValueError, match="`where` must broadcast"):
         f(h, w, g, u, where=jnp.ones(3, bool))
+
+
+@pytest.mark.parametrize("bad", [0.0, -3.0, np.nan])
+def test_a_traced_number_out_of_its_range_is_not_hidden(bad):
+    hidden, head = jnp.ones((3, 2)), jnp.array([[1.0, 0.0], [0.0, 2.0]])
+    both = lambda t: chunked_kd_loss(hidden, head, hidden[::-1] * 2, head, t, token_chunk=2)  # noqa: E731
+    found = jax.jit(both)(jnp.array([1.0, bad, 2.0]))
+    np.testing.assert_array_equal(np.isnan(found), [False, True, False])
+    mixed = lambda share: chunked_kd_loss(hidden, head, hidden, head, reverse=share)  # noqa: E731
+    assert np.isnan(jax.jit(mixed)(1.5)).all()

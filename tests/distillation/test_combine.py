@@ -439,3 +439,17 @@ def test_errors_say_what_to_do():
         norm_balanced(-1.0)
     with pytest.raises(ValueError, match="norm_balanced: `decay` must be a real number in"):
         norm_balanced(1.0, 1.5)
+
+
+def test_gradients_are_never_broadcast():
+    w, several = jnp.arange(4.0), jnp.ones((2, 4))
+    opt = combine_gradients(pcgrad())
+    with pytest.raises(ValueError, match=r"have the shape \[4\], got float32\[2, 4\] at 'a'"):
+        opt.update({"a": w}, opt.init({"a": w}), {"a": w}, other_grads=[{"a": several}])
+    with pytest.raises(ValueError, match="`gradients` must have the shape"):
+        dot().update((w, jnp.ones(())), dot().init(w, 2))
+
+
+def test_a_decay_of_one_is_refused():
+    with pytest.raises(ValueError, match="norm_balanced: `decay` must be below 1"):
+        norm_balanced(decay=1.0)

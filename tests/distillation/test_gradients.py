@@ -521,6 +521,33 @@ def test_the_dense_version_of_a_compressed_student_teaches_it(params):
     close(updates, jax.jit(rest.update)(both, state[1], last)[0], rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_of_other_shapes_are_refused(params):
+    opt = distill(student, teacher)
+    grads = jax.tree.map(lambda w: jnp.stack([w, w]), params)
+    with pytest.raises(ValueError, match=r"distill: .* have the shape \[1, 4\], .* at 'b'"):
+        opt.update(params, opt.init(params), params, teacher_grads=grads)
+    with pytest.raises(TypeError, match=r"`regressor_grads` must .* got some without regressors"):
+        opt.update(
+            params, opt.init(params), params, teacher_grads=params, regressor_grads=jnp.ones(2)
+        )
+    own = distill(
+        student, teacher, loss=lambda s, t, _, r: (s * r[0] - t) ** 2,
+        regressors=jnp.ones(2), regressor_optimizer=optax.sgd(0.1),
+    )  # fmt: skip
+    for wrong in (jnp.ones((3, 2)), {"a": jnp.ones(2)}):
+        with pytest.raises(ValueError, match="`regressor_grads` must be like the regressors"):
+            own.update(
+                params, own.init(params), params, teacher_grads=params, regressor_grads=wrong
+            )
+
+
+@pytest.mark.parametrize("returned", [lambda x: (x, 0.0), lambda x: {"a": x}, lambda x: None])
+def test_a_loss_that_returns_more_than_one_array(params, returned):
+    opt = distill(student, teacher, loss=lambda s, t, _: returned((s - t) ** 2))
+    with pytest.raises(TypeError, match="distill: `loss` must return one array"):
+        opt.update(params, opt.init(params), params, batch=batches(1)[0])
+
+
 def test_one_chain_prunes_quantizes_factorizes_and_distils():
     rng = np.random.default_rng(3)
     shapes = {"in": (8, 16), "middle": (16, 16), "out": (16, 4)}

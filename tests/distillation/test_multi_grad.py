@@ -205,3 +205,8 @@ def test_errors_say_what_to_do():
         value_and_multi_grad(lambda p: [jnp.ones(())], has_aux=True)(params())
     with pytest.raises(TypeError, match="`fun` must be a function"):
         value_and_multi_grad(None)
+
+
+def test_no_losses_at_all():
+    with pytest.raises(ValueError, match=r"scalars or vectors, got float32\[0\]"):
+        value_and_multi_grad(lambda w: jnp.zeros(0) * w.sum())(jnp.ones(2))
