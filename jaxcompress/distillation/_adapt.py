@@ -103,14 +103,10 @@ def _by_pair(adapters, student_shapes, teacher_shapes) -> dict[str, Any]:
         require_fit("adapt", "adapters", adapters)
         return dict.fromkeys(student_shapes, adapters)
     chosen: dict[str, list[Any]] = {pair: [] for pair in student_shapes}
-    for where, fit in adapters.items():
+    for key, fit in adapters.items():
         require_fit("adapt", "adapters", fit)
-        if isinstance(where, str) and where in chosen:
-            chosen[where].append(where)
-            continue
-        structs = {pair: struct_of(x) for pair, x in student_shapes.items()}
-        for pair, hit in tree.select(structs, where, function="adapt").items():
-            chosen[pair] += [where] if hit else []
+        for pair in [key] if isinstance(key, str) and key in chosen else _hit(key, student_shapes):
+            chosen[pair].append(key)
     for pair, keys in chosen.items():
         if len(keys) != 1:
             shapes = f"{_check.describe(struct_of(student_shapes[pair]))} to "
@@ -120,6 +116,19 @@ def _by_pair(adapters, student_shapes, teacher_shapes) -> dict[str, Any]:
             fix = _advice(student_shapes[pair], teacher_shapes[pair])
             raise ValueError(_check.message("adapt", "adapters", rule, got, fix, path=pair))
     return {pair: adapters[keys[0]] for pair, keys in chosen.items()}
+
+
+def _hit(key: Any, student_shapes) -> list[str]:
+    """The pairs that a key matches, of which there is at least one."""
+    structs = {pair: struct_of(x) for pair, x in student_shapes.items()}
+    try:
+        hits = tree.select(structs, key, function="adapt")
+    except (TypeError, ValueError) as error:
+        rule, got = "have keys that are names of pairs or globs on them", f"the key {key!r}"
+        got += "" if isinstance(error, TypeError) else ", which matches none"
+        text = _check.message("adapt", "adapters", rule, got, f"The pairs are {sorted(structs)}.")
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(text) from error
+    return [pair for pair, hit in hits.items() if hit]
 
 
 def _fitted(pair: str, fit: Fit, student: Any, teacher: Any) -> Adapter:

@@ -5,6 +5,7 @@ two shapes by `adapt`, and is then a pair of functions `Adapter(init, apply)`. O
 shape it takes those axes that it is about, so it serves batches of any size.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -150,3 +151,18 @@ def require_fit(function: str, argument: str, fit: Any) -> None:
     if not callable(fit) or isinstance(fit, Adapter):
         rule = "be functions of two shapes, as linear_adapter()"
         raise TypeError(_check.message(function, argument, rule, _check.describe(fit)))
+    if not _takes_two(fit):
+        rule = "be functions of two shapes, as linear_adapter()"
+        name = getattr(fit, "__name__", type(fit).__name__)
+        got, fix = f"{name}, which takes no two shapes", f"Call it, if it makes one: {name}(…)."
+        raise TypeError(_check.message(function, argument, rule, got, fix))
+
+
+def _takes_two(fit: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(fit).bind(None, None)
+    except TypeError:
+        return False
+    except ValueError:  # some functions written in C do not tell
+        return True
+    return True

@@ -49,8 +49,8 @@ def open_cache(
 
     The files are in the safetensors format, one for each call of `write`: hand it some thousand
     rows at a time. A file appears whole or not at all, so a run that was stopped goes on where
-    it was. Several processes may write to one folder; what others write is seen when it is opened
-    again.
+    it was. Several processes may write to one folder; what others wrote is seen at the next
+    `write`, or when it is opened again.
 
     Args:
         folder: made by the first `write`; its parent must exist.
@@ -69,10 +69,11 @@ def open_cache(
     Returns:
         A `TeacherCache` of functions:
 
-        `write(ids, outputs)`: `ids` integers of 64 bits or text, shape [rows] (an array or a
-        list); `outputs` any tree of arrays [rows, ...] whose shapes and dtypes are the same in
-        all calls: logits, or the top k of them. NaN and infinities are kept. An id that is
-        there already is skipped, whatever its outputs; so is all of a batch seen twice.
+        `write(ids, outputs)`: `ids` signed integers of 64 bits or text, shape [rows] (an array or
+        a list; bytes are the text that they are in UTF-8); `outputs` any tree of arrays
+        [rows, ...] whose shapes and dtypes are the same in all calls: logits, or the top k of
+        them. NaN and infinities are kept. An id that is there already is skipped, whatever its
+        outputs; so is all of a batch seen twice.
 
         `read(ids)`: `ids` of any shape; the arrays have that shape in front. It runs on the host:
         call it where batches are made, and pass what it returns to the jitted step in the batch.
@@ -82,18 +83,18 @@ def open_cache(
 
     Raises:
         ImportError: safetensors is missing, in `write`: `pip install "jaxcompress[save]"`.
-        TypeError: ids that are neither integers nor text; outputs that are not arrays of
-            booleans or real numbers.
+        TypeError: ids that are neither integers nor text, or traced; outputs that are not arrays
+            of booleans or real numbers, or traced.
         ValueError: the folder holds outputs of another teacher, or a damaged file. In `write`:
-            an id twice in one batch; outputs of another structure, shape or dtype than those
-            there; a finite number that `dtype` has no room for (float16 ends at 65,504:
-            subtract the largest logit of each row, or write float32); a class not below
-            `num_classes`. Then nothing is written. In `read`: ids that are not there (some are
-            named), a damaged row.
+            an id twice in one batch; outputs of another teacher, structure, shape or dtype than
+            those there, be they of another process; a finite number that `dtype` has no room for
+            (float16 ends at 65,504: subtract the largest logit of each row, or write float32); a
+            class not below `num_classes`. Then nothing is written. In `read`: ids that are not
+            there (some are named), a damaged row.
 
     Cost: opening reads all ids, 8 bytes each or the longest text's. A read maps the files and
     takes the rows asked for, checking each by its CRC-32. Files are mapped 64 at a time. A write
-    makes two copies of its rows.
+    lists the folder, reads the ids that others wrote, and makes two copies of its rows.
 
     Examples:
         >>> cache = jc.distillation.open_cache("teacher", "resnet, step 900", dtype=jnp.float16)
@@ -115,10 +116,7 @@ def open_cache(
     dtype = None if dtype is None else _float_dtype(dtype)
     if num_classes is not None:
         _check.integer("open_cache", "num_classes", num_classes, 1, 2**32)
-    files = [_cache_file.read("open_cache", path) for path in _paths(folder)]
-    for file in files:
-        _require_one_teacher(teacher, file)
-        _require_same("open_cache", files[0].about, file.about, file.path)
+    files = _further("open_cache", folder, teacher, [])
     runs = _cache_index.first_run(files)
     mapped = functools.lru_cache(_OPEN_FILES)(lambda number: _cache_file.arrays(files[number]))
 
@@ -130,6 +128,9 @@ def open_cache(
     def write(ids, outputs):
         nonlocal runs
         library = _files.safetensors("cache.write")
+        for file in _further("cache.write", folder, teacher, files):
+            files.append(file)
+            runs = _cache_index.added(runs, file.ids, len(files) - 1)
         names = _new_ids(ids, files)
         arrays = _cache_rows.rows(outputs, len(names))
         leaves, stored = [], []
@@ -207,12 +208,22 @@ def _float_dtype(dtype: Any) -> np.dtype:
     return dtype
 
 
-def _paths(folder: str) -> list[str]:
+def _further(function: str, folder: str, teacher: str, files: list) -> list[_cache_file.File]:
+    """The heads of the files that are in the folder beside `files`, all of one cache."""
+    known = {file.path for file in files}
+    further = [_cache_file.read(function, p) for p in _paths(function, folder) if p not in known]
+    for file in further:
+        _require_one_teacher(function, teacher, file)
+        _require_same(function, [*files, *further][0].about, file.about, file.path)
+    return further
+
+
+def _paths(function: str, folder: str) -> list[str]:
     if not os.path.exists(folder):
         return []
     if not os.path.isdir(folder):
         rule, got = "name a folder", f"the file {folder!r}"
-        raise NotADirectoryError(_check.message("open_cache", "folder", rule, got))
+        raise NotADirectoryError(_check.message(function, "folder", rule, got))
     names = sorted(name for name in os.listdir(folder) if name.endswith(_cache_file.SUFFIX))
     return [os.path.join(folder, name) for name in names]
 
@@ -229,12 +240,12 @@ def _make(folder: str) -> None:
         ) from None
 
 
-def _require_one_teacher(teacher: str, file: _cache_file.File) -> None:
+def _require_one_teacher(function: str, teacher: str, file: _cache_file.File) -> None:
     if file.about.teacher != teacher:
         rule = f"be of the teacher {teacher}"
         got = f"outputs of another teacher, {file.about.teacher}"
         fix = "Open another folder, or delete this one."
-        raise ValueError(_check.message("open_cache", "folder", rule, got, fix, path=file.path))
+        raise ValueError(_check.message(function, "folder", rule, got, fix, path=file.path))
 
 
 def _require_same(function: str, ours: About, theirs: About, path: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxcompress import _check
 from jaxcompress.distillation._cache_file import File
 
-_RULE = "be integers of 64 bits or text"
+_RULE = "be signed integers of 64 bits or text"
 
 
 class Run(NamedTuple):
@@ -20,6 +20,7 @@ class Run(NamedTuple):
 
 def read_ids(function: str, ids: Any) -> np.ndarray:
     """Any array or sequence of ids as int64, or as the bytes of text in UTF-8."""
+    _require_known(function, ids)
     if not hasattr(ids, "dtype"):
         ids = _as_array(function, ids)
     ids = np.asarray(ids)
@@ -27,10 +28,18 @@ def read_ids(function: str, ids: Any) -> np.ndarray:
         ids = _as_array(function, ids.tolist())
     if ids.dtype.kind in "US":
         return _as_bytes(function, ids)
-    fits = ids.dtype.kind == "i" or (ids.dtype.kind == "u" and int(ids.max(initial=0)) < 2**63)
-    if not fits:
-        raise TypeError(_check.message(function, "ids", _RULE, _check.describe(ids)))
+    largest = int(ids.max(initial=0)) if ids.dtype.kind == "u" else 0
+    if ids.dtype.kind not in "iu" or largest >= 2**63:
+        got = _check.describe(ids) + (f" with {largest}" if largest else "")
+        raise TypeError(_check.message(function, "ids", _RULE, got))
     return ids.astype(np.int64)
+
+
+def _require_known(function: str, ids: Any) -> None:
+    if any(_check.is_traced(x) for x in _flat(ids)):
+        rule, got = "be known: files are read and written by the host", "traced ones"
+        fix = "Call it outside of jit, where batches are made, and pass outputs in the batch."
+        raise TypeError(_check.message(function, "ids", rule, got, fix))
 
 
 def _as_array(function: str, ids: Any) -> np.ndarray:
@@ -81,12 +90,13 @@ def first_run(files: list[File]) -> list[Run]:
 
 
 def added(runs: list[Run], ids: np.ndarray, number: int) -> list[Run]:
-    """The index with the ids of one more file, none of them there before.
+    """The index with the ids of one more file; of those that are there the first file counts.
 
     Runs are merged when they are of like length, so that all writes together cost O(n log n).
     """
     order = np.argsort(ids, kind="stable")
-    runs = [*runs, Run(ids[order], np.full(len(ids), number), order)]
+    order = order[~find(runs, ids[order])[0]]
+    runs = [*runs, Run(ids[order], np.full(len(order), number), order)]
     while len(runs) > 1 and len(runs[-2].ids) <= 2 * len(runs[-1].ids):
         joined = [np.concatenate(parts) for parts in zip(*runs[-2:], strict=True)]
         order = np.argsort(joined[0], kind="stable")

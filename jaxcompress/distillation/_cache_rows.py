@@ -22,8 +22,13 @@ def rows(outputs: PyTree, count: int) -> list[tuple[str, np.ndarray]]:
         dtype = getattr(x, "dtype", None)
         name = getattr(dtype, "name", None)
         if name not in _cache_file.DTYPES or _check.is_traced(x):
-            rule, fix = "hold arrays of booleans or real numbers", "Call it outside of jit."
-            got = _check.describe(x)
+            rule, fix, got = "hold arrays of booleans or real numbers", "", _check.describe(x)
+            if _check.is_traced(x):
+                got, fix = f"a traced {got}", "Call it outside of jit."
+            elif dtype is None:
+                fix = "Pass an array: a list is a tree of its entries."
+            elif jnp.issubdtype(dtype, jnp.complexfloating):
+                fix = "Write its real and its imaginary part."
             raise TypeError(
                 _check.message("cache.write", "outputs", rule, got, fix, path=path or None)
             )

@@ -1,8 +1,9 @@
 """Names of a student's values paired with names of a teacher's, by patterns."""
 
+import operator
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from jaxcompress import _check
 
@@ -16,12 +17,12 @@ class Layers(NamedTuple):
 
     Attributes:
         name: as in `capture_pairs`: a glob or a compiled regular expression.
-        index: static. Which layers: an integer takes one and its axis goes; a tuple takes
-            several, in that order. Negative ones count from the last layer.
+        index: static. Which layers: an integer, also one of NumPy, takes one and its axis
+            goes; a tuple takes several, in that order. Negative ones count from the last layer.
     """
 
     name: str | re.Pattern
-    index: int | tuple[int, ...]
+    index: SupportsIndex | tuple[SupportsIndex, ...]
 
 
 class Place(NamedTuple):
@@ -112,15 +113,23 @@ def _with_groups(glob: str) -> str:
 
 def _require_index(layers: Layers) -> int | tuple[int, ...]:
     index = layers.index
-    if index == ():
+    if isinstance(index, tuple) and not index:
         rule = "have at least one layer as index"
         raise ValueError(_check.message(_FUNCTION, "Layers", rule, index, path=_shown(layers)))
-    for i in index if isinstance(index, tuple) else (index,):
-        if isinstance(i, bool) or not isinstance(i, int):
-            rule, got = "have a static integer or a tuple of them as index", _check.describe(i)
-            path = _shown(layers)
-            raise TypeError(_check.message(_FUNCTION, "Layers", rule, got, path=path))
-    return index
+    if isinstance(index, tuple):
+        return tuple(_integer(i, layers) for i in index)
+    return _integer(index, layers)
+
+
+def _integer(i: Any, layers: Layers) -> int:
+    try:
+        if isinstance(i, bool):
+            raise TypeError
+        return operator.index(i)
+    except TypeError:
+        rule, got = "have a static integer or a tuple of them as index", _check.describe(i)
+        path = _shown(layers)
+        raise TypeError(_check.message(_FUNCTION, "Layers", rule, got, path=path)) from None
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -72,8 +72,9 @@ def capture_pairs(
     Raises:
         ValueError: a pattern matches nothing (the message lists the names there are); the
             wildcards of one side stand for what those of the other side don't, or for the
-            same twice (the message lists both sides' names); a value of the student is in two
-            pairs; a function names no value of the teacher; an index is not one of the layers.
+            same twice (the message lists both sides' names); a value of the student, or a layer
+            of one, is in two pairs or twice in one; a function names no value of the teacher;
+            `Layers` of a value that no scan stacks; an index is not one of the layers.
         TypeError: `student` or `teacher` can't be called; `pairs`, a pattern or the example
             arguments are none of the above.
 
@@ -115,27 +116,37 @@ def capture_pairs(
     if not isinstance(pairs, Mapping) or not pairs:
         rule = "be a mapping from values of the student to values of the teacher"
         raise TypeError(_check.message(_FUNCTION, "pairs", rule, _check.describe(pairs)))
-    ours = list(capture_names(student, *student_args))
-    theirs = list(capture_names(teacher, *teacher_args))
+    ours = capture_names(student, *student_args)
+    theirs = capture_names(teacher, *teacher_args)
     places: dict[str, tuple[Place, Place]] = {}
     for left, right in pairs.items():
-        for place, other in paired(left, right, ours, theirs):
+        for place, other in paired(left, right, list(ours), list(theirs)):
             label = place.label()
             if label in places:
                 rule = "have each value of the student in one pair"
                 got = f"two, with {places[label][1].label()!r} and {other.label()!r}"
                 raise ValueError(_check.message(_FUNCTION, "pairs", rule, got, path=label))
             places[label] = (place, other)
-    student = _capturing(student, {label: place for label, (place, _) in places.items()})
-    teacher = _capturing(teacher, {label: place for label, (_, place) in places.items()})
+    firsts = {label: place for label, (place, _) in places.items()}
+    seconds = {label: place for label, (_, place) in places.items()}
+    student, stacks, student_shapes = _capturing(student, firsts, student_args, ours)
+    teacher, _, teacher_shapes = _capturing(teacher, seconds, teacher_args, theirs)
+    _require_apart(firsts, stacks)
     names = {label: (place.label(), other.label()) for label, (place, other) in places.items()}
-    return Pairs(
-        student, teacher, names, _shapes(student, student_args), _shapes(teacher, teacher_args)
-    )
+    return Pairs(student, teacher, names, student_shapes, teacher_shapes)
 
 
-def _capturing(fn: Callable[..., PyTree], places: Mapping[str, Place]):
-    """`fn`, returning also the values at `places`, by label."""
+def _capturing(
+    fn: Callable[..., PyTree],
+    places: Mapping[str, Place],
+    args: tuple[Any, ...],
+    steps: Mapping[str, jax.ShapeDtypeStruct],
+):
+    """`fn`, returning also the values at `places`, by label; for `args` the shapes of the
+    whole values by name, and of those by label.
+
+    `steps` has the shape of one step of each value: a scan stacks more axes than that.
+    """
     wanted = {place.name for place in places.values()}
 
     def in_a_pair(name: str, value: Any) -> bool:
@@ -151,9 +162,37 @@ def _capturing(fn: Callable[..., PyTree], places: Mapping[str, Place]):
             rule = "have the values that it had for the example arguments"
             fix = "Make the pairs for these arguments anew."
             raise ValueError(_check.message(_FUNCTION, "args", rule, f"no {missing}", fix))
-        return output, {label: _layers(values[p.name], p) for label, p in places.items()}
+        return output, at_places(values)
 
-    return captured
+    def at_places(values):
+        return {label: _layers(values[p.name], p) for label, p in places.items()}
+
+    whole = _shapes(capturing, args)
+    for place in places.values():
+        if place.index is not None and len(whole[place.name].shape) <= len(steps[place.name].shape):
+            rule = "be of a value that a scan stacks"
+            got = _check.describe(whole[place.name])
+            fix = "No scan stacks this one, so it has no axis of layers: give its name alone."
+            raise ValueError(_check.message(_FUNCTION, "Layers", rule, got, fix, path=place.name))
+    return captured, whole, jax.eval_shape(at_places, whole)
+
+
+def _require_apart(places: Mapping[str, Place], whole: Mapping[str, Any]) -> None:
+    """Refuses a layer of the student that is in two pairs, or twice in one."""
+    stacked = {place.name for place in places.values() if place.index is not None}
+    taken: dict[tuple[str, int], str] = {}
+    for label, place in places.items():
+        if place.name not in stacked:
+            continue
+        count, index = whole[place.name].shape[0], place.index
+        index = range(count) if index is None else index
+        for i in (index,) if isinstance(index, int) else index:
+            one = (place.name, i % count)
+            if one in taken:
+                rule = "have each value of the student in one pair"
+                got = f"layer {one[1]} of it in {taken[one]!r} and again in {label!r}"
+                raise ValueError(_check.message(_FUNCTION, "pairs", rule, got, path=place.name))
+            taken[one] = label
 
 
 def _layers(value: jax.Array, place: Place) -> jax.Array:
@@ -170,7 +209,7 @@ def _layers(value: jax.Array, place: Place) -> jax.Array:
 
 
 def _shapes(fn: Callable[..., Any], args: tuple[Any, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of the values in a pair; as for `capture`, what is no array is static."""
+    """The shapes of captured values; as for `capture`, what is no array is static."""
     leaves, treedef = jax.tree.flatten(args)
     arrays = {i: x for i, x in enumerate(leaves) if hasattr(x, "shape") and hasattr(x, "dtype")}
 

@@ -525,7 +525,9 @@ def test_errors_name_the_pair_both_shapes_and_what_to_choose():
     match = r"got two, \['blocks_0', 'b\*'\] at 'blocks_0'"
     fits = {"blocks_0": linear_adapter(), "b*": linear_adapter(), "stem": identity_adapter()}
     refused(ValueError, match, fits)
-    refused(ValueError, r"(?s)adapt: .*'nothing'.*blocks_0", {"nothing": linear_adapter()})
+    match = r"adapt: `adapters` must have keys .*the key 'nothing', which matches none.*blocks_0"
+    refused(ValueError, match, {"nothing": linear_adapter()})
+    refused(TypeError, r"adapt: `adapters` must have keys .*the key 3", {3: linear_adapter()})
     match = r"`teacher_shapes` must be a mapping with the pairs \['a'\], got \['b'\]"
     refused(ValueError, match, linear_adapter(), {"a": struct(2)}, {"b": struct(2)})
     match = r"at 'a'\. Choose"
@@ -559,6 +561,10 @@ def test_bad_input():
     refused(TypeError, "functions of two shapes", 3)
     refused(TypeError, "functions of two shapes", {"stem": 3})
     refused(TypeError, "functions of two shapes", linear_adapter()(struct(2, 3), struct(2, 3)))
+    for make in (linear_adapter, resize_adapter, per_layer_adapter, identity_adapter):
+        match = rf"adapt: `adapters` must .*got {make.__name__}, .*Call it.*{make.__name__}\("
+        refused(TypeError, match, make)
+        refused(TypeError, match, {"*": make})
     refused(TypeError, "return an Adapter, got", lambda student, teacher: None)
     refused(TypeError, "`student_shapes` must be a mapping", linear_adapter(), [struct(2)])
     refused(TypeError, "`teacher_shapes` must be a mapping", linear_adapter(), STUDENT, {"a": (2,)})

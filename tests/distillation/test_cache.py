@@ -147,6 +147,15 @@ class TestLookup:
         with pytest.raises(ValueError, match="an empty cache"):
             empty.read([])
 
+    def test_traced_ids(self, tmp_path):
+        cache, _ = fill(tmp_path)
+        match = r"`ids` must be known.*got traced ones\. Call it outside of jit, where batches"
+        for call in (cache.read, cache.has, lambda i: cache.read([7, i[0]])):
+            with pytest.raises(TypeError, match=match):
+                jax.jit(call)(jnp.array([7, 0]))
+        with pytest.raises(TypeError, match=match):
+            jax.jit(lambda i: cache.write(i, draw(1, 5)))(jnp.array([1]))
+
     def test_hundreds_of_files_do_not_stay_open(self, tmp_path):
         cache = open_cache(tmp_path, "t")
         for i in range(150):
@@ -296,15 +305,55 @@ class TestWriting:
 
     def test_two_processes_may_write_to_one_folder(self, tmp_path):
         one, other = open_cache(tmp_path, "t"), open_cache(tmp_path, "t")
-        one.write([1, 2], draw(2, 3))
-        other.write([2, 3], draw(2, 3) + 1)
+        assert one.write([1, 2], draw(2, 3)) == 2
+        # What the one wrote is known at the next write of the other.
+        assert not other.has([1, 2]).any()
+        assert other.write([4, 3, 2], draw(3, 3) + 1) == 2
+        assert other.ids() == [1, 2, 3, 4]
         assert not one.has([3])[0]
+        assert one.write([3], draw(1, 3)) == 0
+        expected = [*draw(2, 3), draw(3, 3)[1] + 1, draw(3, 3)[0] + 1]
+        for cache in (one, other, open_cache(tmp_path, "t")):
+            np.testing.assert_array_equal(cache.read([1, 2, 3, 4]), expected)
+
+    def test_two_that_write_at_once_may_have_an_id_twice(self, tmp_path, monkeypatch):
+        one, other = open_cache(tmp_path, "t"), open_cache(tmp_path, "t")
+        one.write([1, 2], draw(2, 3))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", lambda folder: [])
+            assert other.write([3, 2], draw(2, 3) + 1) == 2
+        assert other.write([4], draw(1, 3)) == 1
+        # Each goes on with its own.
+        assert other.ids() == [1, 2, 3, 4]
+        np.testing.assert_array_equal(other.read([2, 1]), [draw(2, 3)[1] + 1, draw(2, 3)[0]])
         both = open_cache(tmp_path, "t")
-        assert both.ids() == [1, 2, 3]
-        np.testing.assert_array_equal(both.read([1, 3]), [draw(2, 3)[0], draw(2, 3)[1] + 1])
-        first = _cache_file.read("open_cache", str(files(tmp_path)[0])).ids.tolist()
-        expected = draw(2, 3)[1] if first == [1, 2] else draw(2, 3)[0] + 1
-        np.testing.assert_array_equal(both.read([2])[0], expected)
+        assert both.ids() == [1, 2, 3, 4]
+        np.testing.assert_array_equal(both.read([1, 3]), [draw(2, 3)[0], draw(2, 3)[0] + 1])
+        assert both.read([2])[0].tolist() in (draw(2, 3)[1].tolist(), (draw(2, 3)[1] + 1).tolist())
+
+    def test_what_others_wrote_is_of_the_same_cache(self, tmp_path):
+        for case, (teacher, ids, rows, options, match) in enumerate(
+            [
+                ("u", [3], draw(1, 3), {}, "`folder` must be of the teacher .*another teacher"),
+                ("t", [3], draw(1, 4), {}, r"`outputs` must be float32 as float32\[3\]"),
+                (
+                    "t",
+                    [3],
+                    draw(1, 3),
+                    {"dtype": "float16"},
+                    r"`outputs` must be float32 as float32",
+                ),
+                ("t", ["a"], draw(1, 3), {}, "`ids` must be integers"),
+            ]
+        ):
+            folder = tmp_path / str(case)
+            late = open_cache(folder, teacher, **options)
+            open_cache(folder, "t").write([1, 2], draw(2, 3))
+            for _ in range(2):
+                with pytest.raises(ValueError, match=rf"cache\.write: {match}"):
+                    late.write(ids, rows)
+            assert len(files(folder)) == 1
+            np.testing.assert_array_equal(open_cache(folder, "t").read([1, 2]), draw(2, 3))
 
     def test_another_teacher_is_refused(self, tmp_path):
         fill(tmp_path, teacher={"step": 3, "name": "big"})
@@ -359,7 +408,14 @@ class TestWriting:
                 cache.write([1], wrong)
         with pytest.raises(TypeError, match=r"hold arrays .* Call it outside of jit"):
             jax.jit(lambda x: cache.write([1], x))(jnp.ones((1, 2)))
-        rule = r"cache\.write: `ids` must be integers of 64 bits or text"
+        for wrong, fix in [
+            ([[1.0, 2.0]], "got float 1.0 at '0/0'. Pass an array: a list is a tree"),
+            (draw(1, 2) * 1j, "Write its real and its imaginary part"),
+            (np.array([["x"]]), r"got str32\[1, 1\]\.$"),
+        ]:
+            with pytest.raises(TypeError, match=fix):
+                cache.write([1], wrong)
+        rule = r"cache\.write: `ids` must be signed integers of 64 bits or text"
         for wrong in ([1.0], [True], np.array([2**63], np.uint64), [2**63], ["a", 1], [None]):
             with pytest.raises(TypeError, match=rule):
                 cache.write(wrong, draw(1, 2))
@@ -367,6 +423,8 @@ class TestWriting:
             cache.write(["a\0"], draw(1, 2))
         with pytest.raises(TypeError, match="`ids` must be valid Unicode"):
             cache.write(["\ud800"], draw(1, 2))
+        with pytest.raises(TypeError, match=r"signed .* got uint64\[1\] with 9223372036854775808"):
+            cache.write(np.array([2**63], np.uint64), draw(1, 2))
         assert not (tmp_path / "c").exists()
 
     def test_options_and_folders(self, tmp_path, monkeypatch):

@@ -396,6 +396,13 @@ def test_bad_pairs():
     refused(TypeError, "`teacher` must be a function", {"a": "b"}, teacher=None)
     refused(TypeError, "`student_args` must be a tuple", {"a": "b"}, args=SMALL)
     refused(TypeError, "`teacher_args` must be a tuple", {"a": "b"}, other=X)
+    # The leading axis of a value that no scan stacks is its batch.
+    match = r"capture_pairs: `Layers` must be of a value that a scan stacks, .* at '{}'\. No scan"
+    ours, theirs = "blocks_0/attn", "layer_1/attention"
+    for index in (1, (0, 1), -9):
+        refused(ValueError, match.format(ours), {Layers(ours, index): theirs})
+        refused(ValueError, match.format(theirs), {ours: Layers(theirs, index)})
+        refused(ValueError, match.format(theirs), {ours: lambda i=index: Layers(theirs, i)})
     big = ({"w": jnp.stack(BIG)}, X)
     for index, error, match in [
         (6, ValueError, "`index` must be among the 6 layers of 'block', got 6"),
@@ -403,9 +410,47 @@ def test_bad_pairs():
         ((), ValueError, "at least one layer"),
         (True, TypeError, "static integer"),
         ((0, 1.0), TypeError, "static integer.*float"),
+        ((0, np.bool_(True)), TypeError, "static integer"),
+        (np.array([0, 1]), TypeError, "static integer"),
     ]:
         pairs = {"blocks_0/attn": Layers("block", index)}
         refused(error, match, pairs, teacher=scanned, other=big)
+
+
+def test_a_layer_of_the_student_is_in_one_pair():
+    small, big = {"w": jnp.stack(SMALL)}, {"w": jnp.stack(BIG)}
+    whole, of = "block", lambda index: Layers("block", index)
+    for first, second, layer in [
+        (of(-1), of(2), 2),
+        (whole, of(0), 0),
+        (of(0), whole, 0),
+        (of((0, 1)), of(1), 1),
+        (of((0, 0)), of(1), 0),
+        (of((1, -2)), of(0), 1),
+    ]:
+        match = rf"in one pair, got layer {layer} of it in .* and again in .* at 'block'"
+        pairs = {first: "layer_0/attention", second: "layer_1/attention"}
+        refused(ValueError, match, pairs, student=scanned, args=(small, X))
+    # One of the teacher may be in several.
+    pairs = {of((0, 2)): of((5, 5)), of(1): of(-1)}
+    paired = capture_pairs(scanned, scanned, pairs, (small, X), (big, X))
+    _, theirs = paired.teacher(big, X)
+    close(theirs["block/0,2"], np.stack([layers(BIG, X)[5]] * 2))
+    close(theirs["block/1"], layers(BIG, X)[5])
+
+
+def test_layers_by_integers_of_numpy():
+    small, big = {"w": jnp.stack(SMALL)}, {"w": jnp.stack(BIG)}
+    pairs = {
+        Layers("block", np.int64(1)): Layers("block", np.uint8(3)),
+        Layers("block", tuple(np.array([0, 2]))): lambda: Layers("block", tuple(np.arange(2))),
+    }
+    paired = capture_pairs(scanned, scanned, pairs, (small, X), (big, X))
+    assert list(paired.names) == ["block/1", "block/0,2"]
+    (_, ours), (_, theirs) = paired.student(small, X), paired.teacher(big, X)
+    close(ours["block/1"], layers(SMALL, X)[1])
+    close(theirs["block/1"], layers(BIG, X)[3])
+    close(ours["block/0,2"], np.stack([layers(SMALL, X)[i] for i in (0, 2)]))
 
 
 def test_a_value_that_is_no_longer_there():
