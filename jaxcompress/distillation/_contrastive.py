@@ -10,7 +10,7 @@ from jaxcompress import _check
 from jaxcompress._sharding import automatic
 from jaxcompress._types import ArrayLike
 from jaxcompress.distillation._batches import ALL, masked, product, read, rows_of, unit
-from jaxcompress.distillation._rows import require_temperature, softmax
+from jaxcompress.distillation._rows import ids_below, positive, require_temperature, softmax
 
 
 class CrdState(NamedTuple):
@@ -104,7 +104,7 @@ def crd_negatives(key: jax.Array, index: ArrayLike, count: int, *, examples: int
     _check.key("crd_negatives", key)
     _check.integer("crd_negatives", "count", count, 1)
     _check.integer("crd_negatives", "examples", examples, 2)
-    index = _ids("crd_negatives", "index", index, 1)
+    index = _ids("crd_negatives", "index", index, 1).astype(jnp.int32)
     step = jax.random.randint(key, (index.shape[0], count), 1, examples, jnp.int32)
     return (index[:, None] + step) % examples
 
@@ -131,10 +131,12 @@ def crd_loss(
             float dtype; they are brought to length 1 here.
         teacher: :math:`t`, the same shape, after the teacher's regressor, which is trained too.
         index: integers [batch], the ids of the rows' examples, 0 to M - 1, no two alike: of two
-            alike only one is kept in the bank. What does not count may have any.
-        negatives: integers [batch, N], ids of other examples, see `crd_negatives`.
+            alike only one is kept in the bank. What does not count may have any. A row that
+            counts and has another id, negative too, is NaN and is not kept in the bank.
+        negatives: integers [batch, N], ids of other examples, see `crd_negatives`; 0 to M - 1,
+            or the row is NaN, as for `index`.
         state: from `crd_init`, of :math:`M` examples, or from the step before.
-        temperature: :math:`\tau > 0`. May be traced.
+        temperature: :math:`\tau > 0`. May be traced: NaN for a traced one that is not above 0.
         momentum: of the bank, in [0, 1]: the share of what was there. May be traced.
         where: booleans [batch]: which rows count. The others are not read: they may be NaN.
 
@@ -174,15 +176,20 @@ def crd_loss(
     student, teacher, keep = read(name, student, teacher, where, ALL)
     index, negatives = _ids(name, "index", index, 1), _ids(name, "negatives", negatives, 2)
     _require_sizes(name, student, index, negatives, state)
-    temperature = jnp.asarray(temperature, student.dtype)
+    examples = min(state.student.shape[0], state.teacher.shape[0])
+    index, negatives = ids_below(examples, index), ids_below(examples, negatives)
+    temperature = positive(jnp.asarray(temperature, student.dtype))
     momentum = jnp.asarray(momentum, student.dtype)
-    columns = jnp.concatenate([jnp.where(keep, index, 0)[:, None], negatives], 1)
+    columns = jnp.concatenate([index[:, None], negatives], 1)
+    in_order = jnp.all(columns < examples, 1)
+    used = keep & in_order
+    columns = jnp.where(used[:, None], columns, 0)
     ours, theirs = unit(student), unit(teacher)
     state = jax.tree.map(jax.lax.stop_gradient, state)
 
     def critic(anchors, bank, log_z):
         scores = automatic(_scores, anchors, bank, columns, like_first=False) / temperature
-        estimate = jax.lax.stop_gradient(_log_z(scores, keep, bank.shape[0]))
+        estimate = jax.lax.stop_gradient(_log_z(scores, used, bank.shape[0]))
         log_z = jnp.where(state.started, log_z.astype(scores.dtype), estimate)
         # The logit of h: no digits are lost in the logarithms of h and of 1 - h.
         logits = scores - log_z - math.log(negatives.shape[1] / bank.shape[0])
@@ -190,7 +197,7 @@ def crd_loss(
         return jax.nn.softplus(-own) + jnp.sum(jax.nn.softplus(others), 1), log_z
 
     def moved(bank, anchors):
-        return automatic(_mix, bank, anchors, index, keep, momentum, like_first=True)
+        return automatic(_mix, bank, anchors, index, used, momentum, like_first=True)
 
     loss, log_z = critic(ours, state.teacher, state.student_log_z)
     loss_back, log_z_back = critic(theirs, state.student, state.teacher_log_z)
@@ -199,9 +206,10 @@ def crd_loss(
         moved(state.teacher, theirs),
         log_z.astype(state.student_log_z.dtype),
         log_z_back.astype(state.teacher_log_z.dtype),
-        state.started | jnp.any(keep),
+        state.started | jnp.any(used),
     )
-    return masked(loss + loss_back, keep), jax.tree.map(jax.lax.stop_gradient, new)
+    loss = jnp.where(in_order, loss + loss_back, jnp.nan)
+    return masked(loss, keep), jax.tree.map(jax.lax.stop_gradient, new)
 
 
 def info_nce_loss(
@@ -223,7 +231,7 @@ def info_nce_loss(
         student: :math:`s`, features [batch, features] after the student's regressor, any real
             float dtype; they are brought to length 1 here.
         teacher: :math:`t`, the same shape.
-        temperature: :math:`\tau > 0`. May be traced.
+        temperature: :math:`\tau > 0`. May be traced: NaN for a traced one that is not above 0.
         where: booleans [batch]: which rows count. The others are not read: they may be NaN.
 
     Returns:
@@ -290,7 +298,7 @@ def _ids(function, name, ids, ndim):
         raise TypeError(_check.message(function, name, rule, got))
     if ids.ndim != ndim:
         raise ValueError(_check.message(function, name, rule, got))
-    return jnp.asarray(ids, jnp.int32)
+    return jnp.asarray(ids)
 
 
 def _require_vectors(function, student):

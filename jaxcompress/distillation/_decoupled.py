@@ -10,7 +10,15 @@ from jaxcompress._types import ArrayLike
 from jaxcompress.distillation._divergence import kl
 from jaxcompress.distillation._labels import checked, target_of
 from jaxcompress.distillation._logits import soft_cross_entropy
-from jaxcompress.distillation._rows import column, largest, log_sum, read, ruled_out, softmax
+from jaxcompress.distillation._rows import (
+    column,
+    largest,
+    log_sum,
+    positive,
+    read,
+    softmax,
+    surprise,
+)
 
 
 class DecoupledLoss(NamedTuple):
@@ -180,8 +188,7 @@ def nkd_loss(
     target, in_order = target_of(name, labels, keep)
     one = jnp.ones((), student.dtype)
     q, p = softmax(student, one, keep), softmax(teacher, one, keep)
-    terms = jnp.where(p.present & ~q.present, ruled_out(p), -p.probabilities * q.logs)
-    hit = jnp.sum(jnp.where(target, terms, 0.0), -1)
+    hit = jnp.sum(jnp.where(target, surprise(q, p), 0.0), -1)
     rest = soft_cross_entropy(student, teacher, temperature, where=keep & ~target)
     gamma = jnp.asarray(gamma, student.dtype)
     return checked(hit + _times(gamma * temperature * temperature, rest), in_order)
@@ -202,7 +209,7 @@ def _against_rest(logits, temperature, keep, target):
     """Two logits whose softmax is that of the label's class and the sum of the others."""
     present = keep & (logits != -jnp.inf)
     z = jnp.where(present, logits, 0.0) - largest(logits, present)
-    z = jnp.where(present, z / column(temperature), 0.0)
+    z = jnp.where(present, z / column(positive(temperature)), 0.0)
     return jnp.stack([log_sum(z, present & target), log_sum(z, present & ~target)], -1)
 
 

@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from jaxcompress import _check
 from jaxcompress._types import ArrayLike
 from jaxcompress.distillation._divergence import NEAR, kl, log_ratio
 from jaxcompress.distillation._mixtures import jensen, skewed
-from jaxcompress.distillation._rows import read, softmax
+from jaxcompress.distillation._rows import read, share, softmax
 
 
 def reverse_kl(
@@ -122,7 +121,7 @@ def jensen_shannon(
     student, teacher, temperature, keep = read(
         name, student_logits, teacher_logits, temperature, where
     )
-    beta = _share(name, "beta", beta, student.dtype)
+    beta = share(name, "beta", beta, student.dtype)
     return jensen(student, teacher, temperature, keep, beta, normalized)
 
 
@@ -280,11 +279,4 @@ def total_variation(
 
 def _read_skewed(function, student, teacher, temperature, alpha, where):
     student, teacher, temperature, keep = read(function, student, teacher, temperature, where)
-    return student, teacher, temperature, keep, _share(function, "alpha", alpha, student.dtype)
-
-
-def _share(function, argument, value, dtype):
-    """A number in [0, 1]: checked if known, NaN if it is outside."""
-    _check.number(function, argument, value, 0.0, 1.0)
-    value = jnp.asarray(value, dtype)
-    return jnp.where((value >= 0) & (value <= 1), value, jnp.nan)
+    return student, teacher, temperature, keep, share(function, "alpha", alpha, student.dtype)

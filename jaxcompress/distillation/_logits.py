@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxcompress._types import ArrayLike
 from jaxcompress.distillation._divergence import kl
-from jaxcompress.distillation._rows import read, ruled_out, softmax
+from jaxcompress.distillation._rows import read, softmax, surprise
 
 
 def kd_loss(
@@ -31,7 +31,8 @@ def kd_loss(
         student_logits: :math:`s`, shape [..., classes], any real float dtype.
         teacher_logits: :math:`t`, the same shape, any real float dtype.
         temperature: :math:`T > 0`, a scalar or one number per row (shape
-            `student_logits.shape[:-1]`). May be traced.
+            `student_logits.shape[:-1]`). May be traced: NaN for a traced one that is not
+            above 0.
         where: booleans that broadcast to the logits' shape: which classes there are. The
             others have probability zero in both, whatever their logits (NaN too). So has
             a class whose logit is -inf.
@@ -46,7 +47,7 @@ def kd_loss(
         TypeError: the logits are not real floating point, `where` is not boolean; raised while
             tracing.
         ValueError: the shapes of the logits differ or are (), a known `temperature` is not
-            above 0.
+            above 0 or not finite.
 
     Cost: twelve reductions over the classes (the plain formula has five) and elementwise
     passes, and about as much again for the gradient; no more than a few arrays of the logits'
@@ -97,7 +98,7 @@ def kl_divergence(
         TypeError: the logits are not real floating point, `where` is not boolean; raised while
             tracing.
         ValueError: the shapes of the logits differ or are (), a known `temperature` is not
-            above 0.
+            above 0 or not finite.
 
     Cost: that of `kd_loss`.
 
@@ -144,7 +145,7 @@ def soft_cross_entropy(
         TypeError: the logits are not real floating point, `where` is not boolean; raised while
             tracing.
         ValueError: the shapes of the logits differ or are (), a known `temperature` is not
-            above 0.
+            above 0 or not finite.
 
     Cost: seven reductions over the classes, and about as much again for the gradient.
 
@@ -158,8 +159,7 @@ def soft_cross_entropy(
         "soft_cross_entropy", student_logits, teacher_logits, temperature, where
     )
     q, p = softmax(student, temperature, keep), softmax(teacher, temperature, keep)
-    terms = jnp.where(p.present & ~q.present, ruled_out(p), -p.probabilities * q.logs)
-    return jnp.sum(terms, -1)
+    return jnp.sum(surprise(q, p), -1)
 
 
 def mse_logits(

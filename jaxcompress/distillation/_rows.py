@@ -22,8 +22,9 @@ class Row(NamedTuple):
 
 
 def require_temperature(function: str, temperature: Any, rows: tuple[int, ...]) -> None:
-    """Refuses what is neither a scalar nor one real number per row, and known numbers <= 0."""
-    rule = f"be a real number above 0, or {list(rows)} of them, one per row"
+    """Refuses what is neither a scalar nor one number per row, and known ones not in (0, inf)."""
+    rule = "be a real number above 0"
+    rule += f", or {list(rows)} of them, one per row" if rows else ""
     got = _check.describe(temperature)
     if temperature is None or isinstance(temperature, (bool, str)) or callable(temperature):
         raise TypeError(_check.message(function, "temperature", rule, got))
@@ -32,8 +33,10 @@ def require_temperature(function: str, temperature: Any, rows: tuple[int, ...]) 
         raise TypeError(_check.message(function, "temperature", rule, got))
     if jnp.shape(temperature) not in ((), rows):
         raise ValueError(_check.message(function, "temperature", rule, got))
-    if not _check.is_traced(temperature) and not np.all(np.asarray(temperature) > 0):
-        raise ValueError(_check.message(function, "temperature", rule, temperature))
+    if not _check.is_traced(temperature):
+        known = np.asarray(temperature)
+        if not np.all((known > 0) & np.isfinite(known)):
+            raise ValueError(_check.message(function, "temperature", rule, temperature))
 
 
 def require_logits(function: str, argument: str, logits: Any) -> None:
@@ -77,12 +80,34 @@ def mask_of(function, where, shape):
         raise ValueError(_check.message(function, "where", rule, got)) from None
 
 
+def positive(temperature):
+    """The temperature, NaN where it is not above 0: what is traced cannot be refused."""
+    return jnp.where(temperature > 0, temperature, jnp.nan)
+
+
+def share(function, argument, value, dtype):
+    """A number in [0, 1]: checked if known, NaN if it is outside."""
+    _check.number(function, argument, value, 0.0, 1.0)
+    value = jnp.asarray(value, dtype)
+    return jnp.where((value >= 0) & (value <= 1), value, jnp.nan)
+
+
+def ids_below(size, ids):
+    """The ids in int32, `size` in place of those that are not 0 to `size - 1`."""
+    # Widened before the comparison, narrowed after it: no id wraps into the range.
+    ids = jnp.asarray(ids)
+    ids = ids if ids.dtype.itemsize > 4 else ids.astype(jnp.int32)
+    return jnp.where((ids >= 0) & (ids < size), ids, size).astype(jnp.int32)
+
+
 def column(row):
     """One number per row, to be used on the rows."""
     return row if row.ndim == 0 else jnp.expand_dims(row, -1)
 
 
 def softmax(logits, temperature, keep) -> Row:
+    """Each row's distribution; NaN at a temperature that is not above 0, if it has classes."""
+    temperature = positive(temperature)
     present = keep & (logits != -jnp.inf)
     # Shifted, then divided: the largest is 0 to the last bit, and no log is above 0.
     z = jnp.where(present, logits, 0.0) - largest(logits, present)
@@ -111,3 +136,10 @@ def log_sum(x, present):
 def ruled_out(p: Row):
     """The infinite terms of classes that the teacher has and the student rules out."""
     return jnp.where(p.probabilities > 0, jnp.inf, 0.0)
+
+
+def surprise(q: Row, p: Row):
+    """The terms of the cross-entropy: each class's `-p log q`, of the teacher's p."""
+    # A probability of 0 reads no logarithm: as a slope, times a weight, it may overflow.
+    logs = jnp.where(p.probabilities > 0, q.logs, 0.0)
+    return jnp.where(p.present & ~q.present, ruled_out(p), -p.probabilities * logs)

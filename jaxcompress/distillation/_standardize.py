@@ -52,14 +52,21 @@ def standardize_logits(logits: ArrayLike, *, where: ArrayLike | None = None) -> 
     keep = mask_of(name, where, x.shape)
     counted = keep & (x != -jnp.inf)
     x = jnp.where(counted, x, 0.0)
+    info = jnp.finfo(x.dtype)
     size = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), -1, keepdims=True, initial=0.0)
+    # To at most 4, by a power of two, so that no difference overflows and none loses digits.
+    tiny = size <= jnp.sqrt(info.tiny)
+    mantissa, _ = jnp.frexp(size)
+    # Multiplied: a division by a quotient is turned by the compiler into one of a product.
+    power = jnp.where(tiny, 1.0, 4.0 * mantissa) / jnp.where(tiny, 1.0, size)
+    x = x * power
     # From the largest, so that like logits differ by 0 exactly, and their mean does.
     x = jnp.where(counted, x - largest(x, counted), 0.0)
     count = jnp.maximum(jnp.sum(counted, -1, keepdims=True, dtype=x.dtype), 1.0)
     x = jnp.where(counted, x - jnp.sum(x, -1, keepdims=True) / count, 0.0)
     scale = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), -1, keepdims=True, initial=0.0)
-    info = jnp.finfo(x.dtype)
-    alike = scale <= jnp.maximum(4 * info.eps * size, jnp.sqrt(info.tiny))
+    least = jnp.maximum(4 * info.eps * (size * power), jnp.sqrt(info.tiny) * power)
+    alike = scale <= least
     x = jnp.where(alike, 0.0, x) / jnp.where(alike, 1.0, scale)
     variance = jnp.sum(jnp.square(x), -1, keepdims=True) / count
     z = x / jnp.sqrt(jnp.where(alike, 1.0, variance))

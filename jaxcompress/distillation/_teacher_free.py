@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from jaxcompress import _check
 from jaxcompress._dtypes import wide
 from jaxcompress._types import ArrayLike
 from jaxcompress.distillation._divergence import kl
 from jaxcompress.distillation._labels import checked, target_of
-from jaxcompress.distillation._rows import mask_of, read, require_logits, softmax
+from jaxcompress.distillation._rows import mask_of, read, require_logits, share, softmax
 
 
 def smoothed_cross_entropy(
@@ -29,7 +28,8 @@ def smoothed_cross_entropy(
     Args:
         student_logits: :math:`s`, shape [..., classes], any real float dtype.
         labels: :math:`y`, integers of shape `student_logits.shape[:-1]`.
-        smoothing: :math:`\varepsilon` in [0, 1], both ends included; a scalar. May be traced.
+        smoothing: :math:`\varepsilon` in [0, 1], both ends included; a scalar. May be traced:
+            NaN for a traced one outside.
         where: booleans that broadcast to the logits' shape: the :math:`C` classes that there
             are. A class whose logit is -inf is not counted either.
 
@@ -61,9 +61,8 @@ def smoothed_cross_entropy(
     """
     name = "smoothed_cross_entropy"
     student, keep = _read(name, student_logits, where)
-    _check.number(name, "smoothing", smoothing, 0.0, 1.0)
+    smoothing = share(name, "smoothing", smoothing, student.dtype)
     target, in_order = target_of(name, labels, keep)
-    smoothing = jnp.asarray(smoothing, student.dtype)
     q = softmax(student, jnp.ones((), student.dtype), keep)
     count = jnp.sum(q.present, -1, dtype=student.dtype)
     hit = -jnp.sum(jnp.where(target, q.logs, 0.0), -1)
@@ -94,9 +93,9 @@ def teacher_free_loss(
         student_logits: :math:`s`, shape [..., classes], any real float dtype.
         labels: :math:`y`, integers of shape `student_logits.shape[:-1]`.
         temperature: :math:`T > 0`, a scalar or one number per row; the paper takes 20 and more.
-            May be traced.
-        correct: :math:`a` in [0, 1], both ends included; a scalar. May be traced; no gradient
-            flows to it at the ends.
+            May be traced: NaN for a traced one that is not above 0.
+        correct: :math:`a` in [0, 1], both ends included; a scalar. May be traced: NaN for a traced
+            one outside. No gradient flows to it at the ends.
         where: booleans that broadcast to the logits' shape: the :math:`C` classes that there
             are. A class whose logit is -inf is not counted either.
 
@@ -125,12 +124,11 @@ def teacher_free_loss(
     """
     name = "teacher_free_loss"
     student, _, temperature, keep = read(name, student_logits, student_logits, temperature, where)
-    _check.number(name, "correct", correct, 0.0, 1.0)
+    correct = share(name, "correct", correct, student.dtype)
     target, in_order = target_of(name, labels, keep)
     present = keep & (student != -jnp.inf)
     some = jnp.any(present, -1, keepdims=True)
-    right = _log(jnp.asarray(correct, student.dtype))
-    wrong = _log(1 - jnp.asarray(correct, student.dtype))
+    right, wrong = _log(correct), _log(1 - correct)
     others = jnp.sum(present & ~target, -1, keepdims=True, dtype=student.dtype)
     wrong = wrong - jnp.log(jnp.maximum(others, 1.0))
     teacher = jnp.where(target & some, right, jnp.where(present, wrong, -jnp.inf))
@@ -138,7 +136,7 @@ def teacher_free_loss(
     teacher = jnp.where(target & (others == 0), 0.0, teacher)
     teacher = jnp.where(some, teacher, -jnp.inf)
     loss = temperature * temperature * kl(student, teacher, temperature, keep)
-    return checked(loss, in_order)
+    return checked(jnp.where(jnp.isnan(correct), jnp.nan, loss), in_order)
 
 
 def _read(function, logits, where):

@@ -13,9 +13,11 @@ from jaxcompress._types import ArrayLike
 from jaxcompress.distillation._divergence import kl
 from jaxcompress.distillation._rows import (
     column,
+    ids_below,
     largest,
     log_sum,
     mask_of,
+    positive,
     require_logits,
     require_temperature,
     softmax,
@@ -58,7 +60,8 @@ def top_k(
 
     Args:
         teacher_logits: :math:`t`, shape [..., classes], any real float dtype.
-        temperature: :math:`T > 0`, a scalar or one number per row. May be traced.
+        temperature: :math:`T > 0`, a scalar or one number per row. May be traced: NaN for a
+            traced one that is not above 0.
         k: static. How many classes to keep, 1 to all of them; :math:`|S|`.
         where: booleans that broadcast to the logits' shape: which classes there are. A class
             whose logit is -inf is left away too.
@@ -135,7 +138,7 @@ def top_k_loss(
         teacher: what `top_k` gave for the same rows, or that read from disk.
         temperature: :math:`T > 0`, that of `top_k`; a scalar or one number per row. May be
             traced. It softens the student only: a teacher kept at another temperature is
-            another teacher.
+            another teacher. NaN for a traced one that is not above 0.
         where: booleans that broadcast to the logits' shape: which classes there are; give
             `top_k` the same. Those of the top k that are not there have probability zero.
 
@@ -143,7 +146,7 @@ def top_k_loss(
         One number per row, at least 0, shape `student_logits.shape[:-1]`; float64 if an
         argument is, otherwise float32. A row without classes, in either, has loss 0, and zero
         gradients. It is inf where the student rules out with -inf all classes of an outcome
-        that the teacher has. NaN for an index that is not one of the classes.
+        that the teacher has. NaN for an index that is not one of the classes, negative ones too.
 
     Raises:
         TypeError: the logits or the logarithms are not real floating point, the indices not
@@ -175,7 +178,7 @@ def top_k_loss(
     keep = mask_of(name, where, student.shape)
     double = jnp.float64 in (student.dtype, logs.dtype, rest.dtype)
     dtype = jnp.float64 if double else jnp.float32
-    student, temperature = student.astype(dtype), jnp.asarray(temperature, dtype)
+    student, temperature = student.astype(dtype), positive(jnp.asarray(temperature, dtype))
     present = keep & (student != -jnp.inf)
     # Shifted, then divided, as in `softmax`.
     z = jnp.where(present, student, 0.0) - largest(student, present)
@@ -216,7 +219,7 @@ def _by_rows(f: Callable[..., Any], x: jax.Array, *others: Any) -> Any:
 
 
 def _read(teacher, rows, classes):
-    """The fields of a teacher, checked; indices in int32."""
+    """The fields of a teacher, checked; indices in int32, `classes` for those of no class."""
     name = "top_k_loss"
     if not isinstance(teacher, TopK):
         rule, fix = "be a TopK", "Make it with jc.distillation.top_k(teacher_logits, k=...)."
@@ -239,4 +242,4 @@ def _read(teacher, rows, classes):
             _check.message(name, "teacher.indices", rule, _check.describe(teacher.indices))
         )
     indices, logs, rest = (jnp.asarray(leaf) for leaf in teacher)
-    return indices.astype(jnp.int32), logs, rest
+    return ids_below(classes, indices), logs, rest

@@ -346,6 +346,58 @@ def test_within_a_batch_equals_the_paper(tau):
     np.testing.assert_allclose(np.mean(np.asarray(got)), np.mean(both), rtol=1e-9)
 
 
+@pytest.mark.parametrize("wrong", [-1, EXAMPLES, 10**6])
+@pytest.mark.parametrize("where", ["index", "negatives"])
+def test_ids_of_no_example_are_not_numbers_and_never_kept(wrong, where):
+    student, teacher, ids, negatives, ours, theirs = problem(np.float32)
+    good = np.array([True, False, True])
+    if where == "index":
+        broken = np.where(good, ids, wrong), negatives
+    else:
+        others = negatives.copy()
+        others[1, 2] = wrong
+        broken = ids, others
+
+    def loss(student, index, negatives, keep):
+        state = state_of(ours, theirs, started=False)
+        value, state = crd(student, teacher, index, negatives, state, where=keep)
+        return jnp.sum(jnp.where(good, value, 0.0)), (value, state)
+
+    both = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    student = jnp.asarray(student)
+    (_, (got, state)), slope = both(student, *broken, jnp.ones(3, bool))
+    (_, (expected, wanted)), want = both(student, ids, negatives, good)
+    np.testing.assert_array_equal(np.isnan(got), ~good)
+    np.testing.assert_array_equal(got[good], expected[good])
+    np.testing.assert_array_equal(slope, want)
+    # The bank and the constants are those of the other rows.
+    jax.tree.map(np.testing.assert_array_equal, state, wanted)
+    # What does not count may have any ids.
+    (_, (got, state)), _ = both(student, *broken, good)
+    np.testing.assert_array_equal(got, expected)
+    jax.tree.map(np.testing.assert_array_equal, state, wanted)
+
+
+def test_a_batch_of_no_examples_sets_no_constants():
+    student, teacher, ids, negatives, ours, theirs = problem(np.float32)
+    before = state_of(ours, theirs, started=False)
+    loss, state = crd(student, teacher, ids - EXAMPLES, negatives, before)
+    assert np.isnan(loss).all()
+    jax.tree.map(np.testing.assert_array_equal, state, before)
+
+
+def test_a_traced_temperature_not_above_zero_is_not_a_number():
+    student, teacher, ids, negatives, ours, theirs = problem(np.float32)
+    state = state_of(ours, theirs)
+    for loss in (
+        lambda tau: crd_loss(student, teacher, ids, negatives, state, tau)[0],
+        lambda tau: info_nce_loss(student, teacher, tau),
+    ):
+        got = jax.jit(jax.vmap(loss))(jnp.array([0.0, -1.0, jnp.nan, 0.5]))
+        np.testing.assert_array_equal(np.isnan(got).all(1), [True] * 3 + [False])
+        np.testing.assert_array_equal(np.isnan(got).any(1), [True] * 3 + [False])
+
+
 def test_errors_say_what_to_do(key):
     x, ids, negatives = jnp.zeros((2, 4)), jnp.arange(2), jnp.ones((2, 3), jnp.int32)
     state = crd_init(key, 10, 4)

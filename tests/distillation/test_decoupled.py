@@ -150,6 +150,21 @@ def test_the_sure_are_finite_and_exact():
     np.testing.assert_allclose(got.non_target, [1e4, 1e4, small], rtol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_the_lowest_logits_leave_both_gradients_finite(temperature):
+    x = jnp.array([1.0, 2.0, jnp.finfo(jnp.float32).min])
+    for loss in (nkd_loss, dkd_loss):
+        value, grads = compiled(loss, (0, 1))(x, x, jnp.array(0), temperature)
+        assert np.isfinite(value)
+        assert np.isfinite(grads).all()
+    # As if the class had been masked out: it has no probability.
+    expected = compiled(nkd_loss, (0, 1))(x[:2], x[:2], jnp.array(0), temperature)
+    value, grads = compiled(nkd_loss, (0, 1))(x, x, jnp.array(0), temperature)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-6)
+    for grad, want in zip(grads, expected[1], strict=True):
+        np.testing.assert_allclose(grad, [*want, 0.0], rtol=1e-5, atol=1e-7)
+
+
 def test_the_weights_are_traced_and_swept():
     student, teacher = map(jnp.float32, some_logits((5, 7)))
     labels, values = jnp.asarray(LABELS, "int32"), jnp.array([0.0, 0.5, 8.0])

@@ -223,6 +223,28 @@ def test_standardized_logits_are_finite(dtype):
     assert jax.eval_shape(standardize_logits, jnp.zeros((2, 0))).shape == (2, 0)
 
 
+def test_the_largest_logits_are_standardized_without_overflow():
+    low = float(np.finfo(np.float32).min)
+    rows = [[1, 2, low], [1, 2, low / 2], [-low, 0, low], [-low, -low, low / 4]]
+    x = np.float32(rows)
+
+    def total(x):
+        z = standardize_logits(x)
+        return jnp.sum(z * jnp.array([[0.0, 1.0, 2.0]])), z
+
+    for f in (jax.grad(total, has_aux=True), jax.jit(jax.grad(total, has_aux=True))):
+        grad, z = f(jnp.asarray(x))
+        full = np.ones(3, bool)
+        np.testing.assert_allclose(z, [standard(np.float64(row), full) for row in x], rtol=1e-5)
+        assert np.isfinite(grad).all()
+    for power in (-50, 50, 120):
+        got = compiled(standardize_logits)(np.float32([1, 2, 4]) * np.float32(2.0**power))
+        np.testing.assert_array_equal(got, compiled(standardize_logits)(np.float32([1, 2, 4])))
+    got = compiled(standardize_logits)(np.float32([1e30, 2e30, 4e30]))
+    expected = standard(np.array([1.0, 2.0, 4.0]), np.ones(3, bool))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
 def test_errors_of_standardized_logits_name_the_argument():
     name = "standardize_logits"
     with pytest.raises(TypeError, match=f"{name}: `logits` must be real"):

@@ -9,15 +9,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxcompress.distillation import (
     dist_loss,
     dkd_loss,
+    ensemble_logits,
     jensen_shannon,
+    kd_loss,
+    kl_divergence,
+    mutual_loss,
     nkd_loss,
     ranking_loss,
     reverse_kl,
     skewed_kl,
     skewed_reverse_kl,
     smoothed_cross_entropy,
+    soft_cross_entropy,
     standardize_logits,
     teacher_free_loss,
+    top_k,
+    top_k_loss,
     total_variation,
 )
 from tests.conftest import mesh_of
@@ -86,6 +93,35 @@ def test_values_and_gradients_are_finite(name, dtype):
             expected = 1.0 if name == "ranking_loss" else 0.0
             np.testing.assert_allclose(losses[alike[0]], expected, atol=1e-6)
         assert losses[CASES.index("nothing left")] == 0
+
+
+SOFTENED = {
+    name: loss
+    for name, loss in LOSSES.items()
+    if name not in ("ranking_loss", "smoothed_cross_entropy")
+} | {
+    "kd_loss": kd_loss,
+    "kl_divergence": kl_divergence,
+    "soft_cross_entropy": soft_cross_entropy,
+    "mutual_loss": lambda s, t, T, **w: mutual_loss(jnp.stack([s, t]), T, **w)[0],
+    "ensemble_logits": lambda s, t, T, **w: ensemble_logits(jnp.stack([s, t]), None, T, **w)[:, 0],
+    "top_k": lambda s, t, T, **w: top_k(t, T, k=1, **w).log_probabilities[:, 0],
+    "top_k_loss": lambda s, t, T, **w: top_k_loss(s, top_k(t, k=1, **w), T, **w),
+}
+
+
+@pytest.mark.parametrize("name", SOFTENED)
+def test_a_traced_temperature_not_above_zero_is_not_a_number(name):
+    student, teacher = map(jnp.float32, some_logits((2, 3)))
+    where = jnp.array([[True] * 3, [False] * 3])
+    temperatures = jnp.array([0.0, -0.0, -1.0, jnp.nan, 2.0])
+    each = jax.jit(jax.vmap(lambda T: SOFTENED[name](student, teacher, T, where=where)))
+    got = each(temperatures)
+    np.testing.assert_array_equal(np.isnan(got[:, 0]), [True] * 4 + [False])
+    # A row without classes has none of a distribution's logarithms and no loss.
+    assert got[-1, 1] == (-np.inf if name in ("ensemble_logits", "top_k") else 0.0)
+    row = jax.jit(lambda T: SOFTENED[name](student, teacher, T, where=where))
+    assert np.isnan(row(jnp.array([-1.0, 2.0]))[0])
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -377,11 +377,15 @@ def test_errors_name_the_argument(loss):
 @pytest.mark.parametrize("loss", SOFTENED, **ids)
 def test_temperatures_must_be_above_zero(loss):
     name, x = loss.__name__, jnp.zeros((2, 3))
-    for wrong in (0, -1.0, float("nan"), jnp.zeros(()), np.array([1.0, 0.0])):
+    for wrong in (0, -1.0, float("nan"), float("inf"), jnp.zeros(()), np.array([1.0, 0.0])):
         with pytest.raises(
             ValueError, match=f"{name}: `temperature` must be a real number above 0"
         ):
             loss(x, x, wrong)
+    # A single row has no other temperature than a scalar.
+    for rows, rule in ((x[0], ""), (x, r", or \[2\] of them, one per row")):
+        with pytest.raises(ValueError, match=f"a real number above 0{rule}, got 0"):
+            loss(rows, rows, 0)
     with pytest.raises(ValueError, match=f"{name}: `temperature` must .*got float32\\[3\\]"):
         loss(x, x, jnp.ones(3))
     for wrong in (None, "hot", True, lambda step: 1.0):

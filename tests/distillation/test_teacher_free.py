@@ -157,3 +157,14 @@ def test_numbers_are_checked():
             teacher_free_loss(x, labels, correct=wrong)
     with pytest.raises(ValueError, match="teacher_free_loss: `temperature` must be a real number"):
         teacher_free_loss(x, labels, 0.0)
+
+
+def test_traced_shares_outside_of_the_range_are_not_numbers():
+    x = jnp.array([[1.0, 0.0, 2.0], [-jnp.inf] * 3])
+    labels, values = jnp.zeros(2, "int32"), jnp.array([-0.1, 1.1, jnp.nan, 0.0, 0.3, 1.0])
+    for loss, name in ((smoothed_cross_entropy, "smoothing"), (teacher_free_loss, "correct")):
+        for classes in (3, 1):
+            one = lambda a, f=loss, n=name, c=classes: f(x[:, :c], labels, **{n: a})  # noqa: E731
+            got = jax.jit(jax.vmap(one))(values)
+            np.testing.assert_array_equal(np.isnan(got[:, 0]), [True] * 3 + [False] * 3)
+            np.testing.assert_array_equal(got[3:, 1], np.zeros(3))

@@ -267,9 +267,21 @@ def test_nan_is_not_hidden():
     for pair in ((fine, bad), (bad, fine)):
         np.testing.assert_array_equal(jnp.isnan(compiled(4)(*pair)), [True, False])
     kept = kept_of(fine, k=4)
-    for wrong in (200, 7):
+    for wrong in (200, 7, -1, -7):
+        kept = kept._replace(indices=kept.indices.astype("int32"))
         other = kept._replace(indices=kept.indices.at[0, 1].set(wrong))
         np.testing.assert_array_equal(jnp.isnan(loss_of(fine, other)), [True, False])
+        np.testing.assert_array_equal(jnp.isnan(top_k_loss(fine, other)), [True, False])
+    # As padding too: an index is read whatever its probability.
+    padded = TopK(jnp.array([0, -1]), jnp.array([-0.1, -jnp.inf]), jnp.log1p(-jnp.exp(-0.1)))
+    assert jnp.isnan(loss_of(fine[0], padded))
+    huge = kept._replace(indices=kept.indices.astype("uint32").at[0, 1].set(2**32 - 1))
+    np.testing.assert_array_equal(jnp.isnan(loss_of(fine, huge)), [True, False])
+    with jax.enable_x64(True):
+        wrapped = kept._replace(
+            indices=np.asarray(kept.indices, "int64") + np.array([[2**32], [0]])
+        )
+        np.testing.assert_array_equal(jnp.isnan(loss_of(fine, wrapped)), [True, False])
 
 
 @pytest.mark.parametrize("argument", [0, 1, 2])
