@@ -74,7 +74,8 @@ def correcting_rows(
     def after(path, s, gram, layout, several):
         del several
         w, weight = dense[path], weight_of("compress", path, gram, layout)
-        lost = jnp.where(jnp.isnan(w), jnp.zeros_like(w), w).astype(jnp.float32) - wide(s)
+        # Where the leaf is NaN the base left zero, and the decomposition reads zero.
+        lost = w.astype(jnp.float32) - wide(s)
         u, v = whitened_factors(lost, weight, rank, layout, side_limit(w.shape, columns))
         u = u.reshape((*w.shape[:-1], u.shape[-1])).astype(w.dtype)
         found[path] = u, v.astype(w.dtype)

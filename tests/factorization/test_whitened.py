@@ -183,6 +183,17 @@ def test_quantized_plus_low_rank_is_the_best_correction_of_what_gptq_leaves(name
     np.testing.assert_allclose(jc.todense(packed)["w"], new["w"], atol=1e-5)
 
 
+def test_a_nan_counts_as_zero_beside_low_rank():
+    w = f32(RNG.normal(size=(12, 20)))
+    params = {"w": w.at[3, 4].set(jnp.nan)}
+    stats = jc.calibrate(dense, params, [(f32(X),)], gram=True)
+    base = jc.quantize(4, ranges=jc.quantization.min_max)
+    p = jc.factorization.low_rank_plus(base, 2)
+    found = jc.compress(p, params, stats=stats)["w"]
+    wanted = jc.compress(p, {"w": w.at[3, 4].set(0.0)}, stats=stats)["w"]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_sparse_plus_low_rank_for_the_outputs_under_vmap():
     params = {"w": f32(RNG.normal(size=(12, 20)))}
     stats = jc.calibrate(dense, params, [(f32(X),)], gram=True)
