@@ -51,6 +51,22 @@ def automatic(f: Callable[..., Any], *arrays: jax.Array, like_first: bool) -> An
     return jax.sharding.auto_axes(f, out_sharding=on_mesh_of(arrays[0], spec))(*arrays)
 
 
+def by_rows(f: Callable[..., Any], *args: Any, like: jax.Array, axes: int = 0) -> Any:
+    """`f(*args)` as `automatic` has it, sharded as `like` is in all axes but the last.
+
+    Args:
+        f: gives one array of the rows of `like`. It must not close over other traced values.
+        *args: trees of arrays.
+        like: what says how the rows are sharded.
+        axes: static. How many axes the result has beside the rows; they are not sharded.
+    """
+    if not is_explicit(like):
+        return f(*args)
+    spec = (*jax.typeof(like).sharding.spec, *[None] * like.ndim)[: like.ndim - 1]
+    place = on_mesh_of(like, PartitionSpec(*spec, *[None] * axes))
+    return jax.sharding.auto_axes(f, out_sharding=place)(*args)
+
+
 def automatic_like(f: Callable[..., tuple[Any, Any]], tree: Any, *others: Any) -> Any:
     """`f(tree, *others)` as `automatic` has it, for trees.
 

@@ -297,6 +297,10 @@ def _hint(hidden, targets, temperature, scale):
     return jnp.mean((hidden.astype(jnp.float32) * scale[None, :] - targets) ** 2) / temperature
 
 
+def _distilled(**options):
+    return optax.chain(jc.distill(student, teacher, **options), _inner())
+
+
 TRANSFORMATIONS = {
     "project_params": Row(
         lambda sparsity=0.5: optax.chain(
@@ -493,61 +497,38 @@ TRANSFORMATIONS = {
         tolerance=1e-5,
     ),
     "distill": Row(
-        lambda weight=0.5, temperature=2.0: optax.chain(
-            jc.distill(student, teacher, weight=weight, temperature=temperature), _inner()
-        ),
+        lambda weight=0.5, temperature=2.0: _distilled(weight=weight, temperature=temperature),
         {"weight": [0.0, 1.0], "temperature": [1.0, 4.0]},
         ("distill",),
         tolerance=1e-5,
     ),
     "distill_regressors": Row(
-        lambda weight=0.5: optax.chain(
-            jc.distill(
-                student,
-                teacher,
-                weight=weight,
-                loss=_hint,
-                regressors=jnp.ones(4),
-                regressor_optimizer=_inner(),
-            ),
-            _inner(),
+        lambda weight=0.5: _distilled(
+            weight=weight, loss=_hint, regressors=jnp.ones(4), regressor_optimizer=_inner()
         ),
         {"weight": [0.1, 1.0]},
         ("distill",),
         tolerance=1e-5,
     ),
     "distill_pcgrad": Row(
-        lambda weight=0.5: optax.chain(
-            jc.distill(
-                student,
-                teacher,
-                weight=weight,
-                combine=jc.distillation.pcgrad(key=jax.random.key(0)),
-            ),
-            _inner(),
+        lambda weight=0.5: _distilled(
+            weight=weight, combine=jc.distillation.pcgrad(key=jax.random.key(0))
         ),
         {"weight": [0.1, 1.0]},
         ("distill",),
         tolerance=1e-4,
     ),
     "distill_cosine_gated": Row(
-        lambda weight=0.5: optax.chain(
-            jc.distill(
-                student,
-                teacher,
-                weight=weight,
-                combine=jc.distillation.cosine_gated(per_leaf=True),
-            ),
-            _inner(),
+        lambda weight=0.5: _distilled(
+            weight=weight, combine=jc.distillation.cosine_gated(per_leaf=True)
         ),
         {"weight": [0.1, 1.0]},
         ("distill",),
         tolerance=1e-4,
     ),
     "distill_norm_balanced": Row(
-        lambda ratio=0.5, decay=0.9: optax.chain(
-            jc.distill(student, teacher, combine=jc.distillation.norm_balanced(ratio, decay)),
-            _inner(),
+        lambda ratio=0.5, decay=0.9: _distilled(
+            combine=jc.distillation.norm_balanced(ratio, decay)
         ),
         {"ratio": [0.0, 2.0], "decay": [0.0, 0.5]},
         ("distill",),

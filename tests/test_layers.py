@@ -9,7 +9,7 @@ ROOT = pathlib.Path(jaxcompress.__file__).parent
 # From the bottom up; a room may import its own and any lower level.
 LEVELS = [
     {"_types", "_dtypes"},
-    {"_check", "_keys"},
+    {"_check", "_keys", "_products"},
     {"_sharding", "_files"},
     {"tree"},
     {"arrays", "schedules"},

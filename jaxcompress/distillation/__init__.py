@@ -1,4 +1,4 @@
-"""Distillation: losses between a student's and a teacher's logits, and their gradient."""
+"""Distillation: losses on logits, features and tokens; teachers; and gradients in a chain."""
 
 from jaxcompress.distillation._adapt import adapt as adapt
 from jaxcompress.distillation._adapters import Adapter as Adapter

@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic
 from jaxcompress._types import ArrayLike
-from jaxcompress.distillation._batches import ROWS, flat, product, read, rescaled, root, rows_of
+from jaxcompress.distillation._batches import ROWS, flat, read, rescaled, root, rows_of
 
 
 def cka(

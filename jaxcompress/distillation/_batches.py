@@ -121,8 +121,3 @@ def root(squares: jax.Array) -> jax.Array:
     """The square root, with gradient zero at zero."""
     none = squares == 0
     return jnp.where(none, 0.0, jnp.sqrt(jnp.where(none, 1.0, squares)))
-
-
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The matrix product at full precision on every device."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

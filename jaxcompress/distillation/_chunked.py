@@ -1,17 +1,15 @@
 """Distillation from hidden states: logits and probabilities exist a chunk at a time only."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from jaxcompress import _check
-from jaxcompress._sharding import is_explicit, on_mesh_of
+from jaxcompress._sharding import by_rows
 from jaxcompress._types import ArrayLike
-from jaxcompress.distillation._rows import require_temperature
+from jaxcompress.distillation._rows import positive, require_temperature, share
 from jaxcompress.distillation._streamed import Plan, Side, streamed_loss
 
 
@@ -112,9 +110,6 @@ def chunked_kd_loss(
     _check.integer(name, "token_chunk", token_chunk, 1)
     if class_chunk is not None:
         _check.integer(name, "class_chunk", class_chunk, 1)
-    for argument, value in {"reverse": reverse, "mixture": mixture}.items():
-        if value is not None:
-            _check.number(name, argument, value, 0.0, 1.0)
     if where is not None and jnp.result_type(where) != jnp.bool_:
         rule, got = "be booleans that broadcast to the tokens", _check.describe(where)
         raise TypeError(_check.message(name, "where", rule, got))
@@ -127,20 +122,17 @@ def chunked_kd_loss(
     dtype = jnp.float64 if double else jnp.float32
     numbers = None
     if not (reverse is None and mixture is None):
-        numbers = tuple(_share(0.0 if x is None else x, dtype) for x in (reverse, mixture))
-    temperature = jnp.asarray(temperature, dtype)
-    tempers = jnp.broadcast_to(jnp.where(temperature > 0, temperature, jnp.nan), rows)
+        given = {"reverse": reverse, "mixture": mixture}
+        numbers = tuple(share(name, k, 0.0 if x is None else x, dtype) for k, x in given.items())
+    tempers = jnp.broadcast_to(positive(jnp.asarray(temperature, dtype)), rows)
     if 0 in (*rows, classes):
         return jnp.zeros(rows, dtype)
     width = classes if class_chunk is None else min(class_chunk, classes)
     plan = Plan(token_chunk, width, pair_)
-    run: Callable[..., Any] = functools.partial(_by_tokens, plan)
-    if is_explicit(student.hidden):
-        # The axes of a slice of classes and of the chunks of tokens are left to the compiler.
-        spec = (*jax.typeof(student.hidden).sharding.spec, *[None] * len(rows))[: len(rows)]
-        place = on_mesh_of(student.hidden, PartitionSpec(*spec))
-        run = jax.sharding.auto_axes(run, out_sharding=place)
-    return run(student, *jax.lax.stop_gradient((teacher, tempers, numbers)), keep)
+    rest = jax.lax.stop_gradient((teacher, tempers, numbers))
+    # The axes of a slice of classes and of the chunks of tokens are left to the compiler.
+    run = functools.partial(_by_tokens, plan)
+    return by_rows(run, student, *rest, keep, like=student.hidden)
 
 
 def _by_tokens(plan, student, teacher, temperature, numbers, keep):
@@ -164,12 +156,6 @@ def _by_tokens(plan, student, teacher, temperature, numbers, keep):
     loss: Any = streamed_loss(plan, read(student), read(teacher), tempers, numbers)
     loss = jnp.swapaxes(loss, 0, 1).reshape(-1)[:count].reshape(keep.shape)
     return jnp.where(keep, loss, 0.0)
-
-
-def _share(value, dtype):
-    """A number in [0, 1], NaN if it is outside."""
-    value = jnp.asarray(value, dtype)
-    return jnp.where((value >= 0) & (value <= 1), value, jnp.nan)
 
 
 def _side(function, who, hidden, head, bias, transposed) -> Side:

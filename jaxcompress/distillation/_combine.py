@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from jaxcompress import _check
+from jaxcompress._dtypes import wide_dtype
 from jaxcompress._types import Numeric, PyTree
 from jaxcompress.projections import is_masked_node, number_at
 from jaxcompress.tree import path_string
@@ -266,11 +267,6 @@ def add(trees: Sequence[PyTree]) -> PyTree:
 def is_inexact(x: Any) -> bool:
     """Whether `x` is an array, or a number, that a gradient can be taken by."""
     return not _is_hole(x) and jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-
-
-def wide_dtype(dtype: Any) -> np.dtype:
-    """The dtype to add in: float32 for what is narrower."""
-    return np.promote_types(dtype, np.float32)
 
 
 def common_dtype(*dtypes: Any) -> np.dtype:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic
 from jaxcompress._types import ArrayLike
-from jaxcompress.distillation._batches import ALL, masked, product, read, rows_of, unit
-from jaxcompress.distillation._rows import ids_below, positive, require_temperature, softmax
+from jaxcompress.distillation._batches import ALL, masked, read, rows_of, unit
+from jaxcompress.distillation._rows import ids_below, require_temperature, softmax
 
 
 class CrdState(NamedTuple):
@@ -178,10 +179,12 @@ def crd_loss(
     _require_sizes(name, student, index, negatives, state)
     examples = min(state.student.shape[0], state.teacher.shape[0])
     index, negatives = ids_below(examples, index), ids_below(examples, negatives)
-    temperature = positive(jnp.asarray(temperature, student.dtype))
+    temperature = jnp.asarray(temperature, student.dtype)
     momentum = jnp.asarray(momentum, student.dtype)
     columns = jnp.concatenate([index[:, None], negatives], 1)
-    in_order = jnp.all(columns < examples, 1)
+    # A number that is traced can't be refused: no row counts, and the state stays.
+    sound = (temperature > 0) & (momentum >= 0) & (momentum <= 1)
+    in_order = jnp.all(columns < examples, 1) & sound
     used = keep & in_order
     columns = jnp.where(used[:, None], columns, 0)
     ours, theirs = unit(student), unit(teacher)

@@ -11,11 +11,9 @@ from jaxcompress.distillation._divergence import kl
 from jaxcompress.distillation._labels import checked, target_of
 from jaxcompress.distillation._logits import soft_cross_entropy
 from jaxcompress.distillation._rows import (
-    column,
-    largest,
     log_sum,
-    positive,
     read,
+    shifted,
     softmax,
     surprise,
 )
@@ -207,9 +205,7 @@ def _parts(function, student, teacher, labels, temperature, where):
 
 def _against_rest(logits, temperature, keep, target):
     """Two logits whose softmax is that of the label's class and the sum of the others."""
-    present = keep & (logits != -jnp.inf)
-    z = jnp.where(present, logits, 0.0) - largest(logits, present)
-    z = jnp.where(present, z / column(positive(temperature)), 0.0)
+    present, z = shifted(logits, temperature, keep)
     return jnp.stack([log_sum(z, present & target), log_sum(z, present & ~target)], -1)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from jaxcompress import _check, tree
+from jaxcompress._dtypes import wide_dtype
 from jaxcompress._types import Numeric, PyTree
 from jaxcompress.distillation._combine import (
     Combination,
@@ -17,7 +18,6 @@ from jaxcompress.distillation._combine import (
     require_combination,
     scale,
     summed,
-    wide_dtype,
 )
 from jaxcompress.distillation._logits import kd_loss
 from jaxcompress.distillation._rows import require_temperature
@@ -81,7 +81,8 @@ def distill(
         loss: static. Any function `(student_output, teacher_output, temperature)` -> one array;
             its mean over all entries is taken. Without a temperature:
             `loss=lambda s, t, _: jc.mse_logits(s, t)`. For the default one both outputs are
-            logits of one shape.
+            logits of one shape. A loss that needs labels takes them from the teacher's output,
+            see the example.
         regressors: parameters that only the loss has, such as the projection of a student's
             features to the teacher's width: any tree of floating-point arrays, which `loss`
             then takes as its fourth argument. They live in the state, where
@@ -134,6 +135,18 @@ def distill(
         >>> updates, state = opt.update(grads, opt.init(params), params, batch=x)
         >>> state[0].step
         Array(1, dtype=int32)
+
+        Labels, and whatever else a loss needs of the batch, come with the teacher's output:
+
+        >>> d = jc.distillation
+        >>> decoupled = jc.distill(
+        ...     lambda params, batch: student(params, batch["x"]),
+        ...     lambda batch: (teacher(batch["x"]), batch["y"]),
+        ...     loss=lambda s, t, heat: d.dkd_loss(s, t[0], t[1], heat),
+        ...     temperature=4.0,
+        ... )
+        >>> batch = {"x": x, "y": jnp.array([0, 1])}
+        >>> _, state = decoupled.update(grads, decoupled.init(params), params, batch=batch)
 
         A regressor from the student's two features to the teacher's three:
 

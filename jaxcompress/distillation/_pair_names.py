@@ -5,11 +5,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
-from jaxcompress import _check
+from jaxcompress import _check, tree
 
 _FUNCTION = "capture_pairs"
-_WILDCARD = re.compile(r"\*\*/|/\*\*\Z|\*\*|\*|\?|\[.[^\]]*\]")
-_ALL_OF = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
 class Layers(NamedTuple):
@@ -68,7 +66,7 @@ def _matches(pattern, names: Sequence[str], side: str) -> dict[tuple[str, ...], 
         rule = "hold globs, regular expressions or Layers of those"
         rule += "" if side == "student" else ", or a function of the student's wildcards"
         raise TypeError(_check.message(_FUNCTION, "pairs", rule, _check.describe(pattern)))
-    compiled = re.compile(_with_groups(pattern)) if isinstance(pattern, str) else pattern
+    compiled = tree.glob(pattern) if isinstance(pattern, str) else pattern
     found: dict[tuple[str, ...], Place] = {}
     for name in names:
         match = compiled.fullmatch(name)
@@ -99,16 +97,6 @@ def _named(right, place: Place, theirs: Sequence[str]) -> Place:
         got, path = _check.describe(name), place.label()
         raise ValueError(_check.message(_FUNCTION, "pairs", rule, got, _listed(theirs), path=path))
     return Place(name, index)
-
-
-def _with_groups(glob: str) -> str:
-    """A glob of `jaxcompress.tree.select` as a regular expression, each wildcard a group."""
-    out, end = "", 0
-    for wildcard in _WILDCARD.finditer(glob):
-        text = wildcard.group()
-        body = _ALL_OF.get(text) or ("[^" + text[2:] if text[1] == "!" else text)
-        out, end = out + re.escape(glob[end : wildcard.start()]) + f"({body})", wildcard.end()
-    return out + re.escape(glob[end:])
 
 
 def _require_index(layers: Layers) -> int | tuple[int, ...]:

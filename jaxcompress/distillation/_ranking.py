@@ -1,12 +1,10 @@
 """Distillation of the order of the classes."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check
-from jaxcompress._sharding import is_explicit, on_mesh_of
+from jaxcompress._sharding import by_rows
 from jaxcompress._types import ArrayLike
 from jaxcompress.distillation._rows import read
 
@@ -67,7 +65,8 @@ def ranking_loss(
     counted = keep & (student != -jnp.inf) & (teacher != -jnp.inf)
     student, teacher = jnp.where(counted, student, 0.0), jnp.where(counted, teacher, 0.0)
     sharpness = jnp.asarray(sharpness, student.dtype)
-    agreement = _by_row(_agreement, student, teacher, sharpness, counted)
+    # Pairs of sharded classes have no rule.
+    agreement = by_rows(_agreement, student, teacher, sharpness, counted, like=student)
     count = jnp.sum(counted, -1, dtype=student.dtype)
     pairs = count * (count - 1)
     return jnp.where(pairs > 0, 1.0 - agreement / jnp.maximum(pairs, 1.0), 0.0)
@@ -79,16 +78,6 @@ def _agreement(student, teacher, sharpness, counted):
     pairs = jnp.expand_dims(counted, -1) & jnp.expand_dims(counted, -2)
     product = _differences(student) * _differences(teacher)
     return jnp.sum(jnp.where(pairs, jnp.tanh(sharpness * product), 0.0), (-2, -1))
-
-
-def _by_row(f, x, *others) -> jax.Array:
-    """`f(x, *others)`, sharded as the rows of `x`: pairs of sharded classes have no rule."""
-    if not is_explicit(x):
-        return f(x, *others)
-    rows = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)[: x.ndim - 1]
-    place = on_mesh_of(x, jax.sharding.PartitionSpec(*rows))
-    inside: Any = jax.sharding.auto_axes(f, out_sharding=place)
-    return inside(x, *others)
 
 
 def _differences(x):

@@ -4,18 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic
 from jaxcompress._types import ArrayLike
-from jaxcompress.distillation._batches import (
-    ROWS,
-    flat,
-    product,
-    read,
-    rescaled,
-    root,
-    rows_of,
-    unit,
-)
+from jaxcompress.distillation._batches import ROWS, flat, read, rescaled, root, rows_of, unit
 from jaxcompress.distillation._divergence import kl
 
 

@@ -107,15 +107,19 @@ def column(row):
 
 def softmax(logits, temperature, keep) -> Row:
     """Each row's distribution; NaN at a temperature that is not above 0, if it has classes."""
-    temperature = positive(temperature)
-    present = keep & (logits != -jnp.inf)
-    # Shifted, then divided: the largest is 0 to the last bit, and no log is above 0.
-    z = jnp.where(present, logits, 0.0) - largest(logits, present)
-    z = jnp.where(present, z / column(temperature), 0.0)
+    present, z = shifted(logits, temperature, keep)
     some = jnp.any(present, -1, keepdims=True)
     powers = jnp.where(present, jnp.exp(z), 0.0)
     total = jnp.where(some, jnp.sum(powers, -1, keepdims=True), 1.0)
     return Row(present, jnp.where(present, z - jnp.log(total), 0.0), powers / total)
+
+
+def shifted(logits, temperature, keep):
+    """Which classes there are, and their logits below the largest over the temperature."""
+    present = keep & (logits != -jnp.inf)
+    # Shifted, then divided: the largest is 0 to the last bit, and no log is above 0.
+    z = jnp.where(present, logits, 0.0) - largest(logits, present)
+    return present, jnp.where(present, z / column(positive(temperature)), 0.0)
 
 
 def largest(x, present):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic
 from jaxcompress._types import ArrayLike
 from jaxcompress.distillation._batches import (
@@ -16,7 +17,6 @@ from jaxcompress.distillation._batches import (
     counted,
     mask_of,
     masked,
-    product,
     read,
     require,
     unit,

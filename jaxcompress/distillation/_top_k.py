@@ -1,25 +1,22 @@
 """Teachers of which only the largest classes are kept, with the mass of the rest."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check
 from jaxcompress._dtypes import wide
-from jaxcompress._sharding import automatic, is_explicit, on_mesh_of
+from jaxcompress._sharding import automatic, by_rows
 from jaxcompress._types import ArrayLike
 from jaxcompress.distillation._divergence import kl
 from jaxcompress.distillation._rows import (
-    column,
     ids_below,
-    largest,
     log_sum,
     mask_of,
-    positive,
     require_logits,
     require_temperature,
+    shifted,
     softmax,
 )
 
@@ -108,11 +105,11 @@ def top_k(
     row = softmax(logits, jnp.asarray(temperature, logits.dtype), keep)
     # Chosen by the logits themselves: at high temperatures rounding makes probabilities equal.
     order = jax.lax.stop_gradient(jnp.where(row.present, logits, -jnp.inf))
-    indices = _by_rows(lambda x: jax.lax.top_k(x, k)[1], order)
+    indices = by_rows(lambda x: jax.lax.top_k(x, k)[1], order, like=order, axes=1)
     logs = jnp.where(row.present, row.logs, -jnp.inf)
     rest = log_sum(row.logs, row.present & ~_members(indices, logits))
     narrow = next(d for d in (jnp.uint8, jnp.uint16, jnp.int32) if classes - 1 <= jnp.iinfo(d).max)
-    kept = _by_rows(_take, logs, indices)
+    kept = _take(logs, indices)
     return TopK(indices.astype(narrow), kept.astype(dtype), rest.astype(dtype))
 
 
@@ -178,18 +175,15 @@ def top_k_loss(
     keep = mask_of(name, where, student.shape)
     double = jnp.float64 in (student.dtype, logs.dtype, rest.dtype)
     dtype = jnp.float64 if double else jnp.float32
-    student, temperature = student.astype(dtype), positive(jnp.asarray(temperature, dtype))
-    present = keep & (student != -jnp.inf)
-    # Shifted, then divided, as in `softmax`.
-    z = jnp.where(present, student, 0.0) - largest(student, present)
-    z = jnp.where(present, z / column(temperature), 0.0)
+    temperature = jnp.asarray(temperature, dtype)
+    present, z = shifted(student.astype(dtype), temperature, keep)
     others = log_sum(z, present & ~_members(indices, student))
-    ours = _by_rows(_take, jnp.where(present, z, -jnp.inf), indices)
+    ours = _take(jnp.where(present, z, -jnp.inf), indices)
     ours = jnp.concatenate([ours, others[..., None]], -1)
     theirs = jnp.concatenate([logs.astype(dtype), rest.astype(dtype)[..., None]], -1)
     # A class left away is left away in both; so is a row of which the teacher has nothing.
     some = jnp.any(theirs != -jnp.inf, -1, keepdims=True)
-    outcomes = jnp.concatenate([_by_rows(_take, keep, indices) & some, some], -1)
+    outcomes = jnp.concatenate([_take(keep, indices) & some, some], -1)
     return temperature * temperature * kl(ours, theirs, jnp.ones((), dtype), outcomes)
 
 
@@ -206,16 +200,7 @@ def _members(indices, like):
 
 
 def _take(x, indices):
-    return jnp.take_along_axis(x, indices, -1)
-
-
-def _by_rows(f: Callable[..., Any], x: jax.Array, *others: Any) -> Any:
-    """`f(x, *others)`, whose result has the rows of `x`, sharded as these are."""
-    if not is_explicit(x):
-        return f(x, *others)
-    spec = (*jax.typeof(x).sharding.spec, *[None] * x.ndim)[: x.ndim - 1]
-    place = on_mesh_of(x, jax.sharding.PartitionSpec(*spec, None))
-    return jax.sharding.auto_axes(f, out_sharding=place)(x, *others)
+    return by_rows(lambda x, i: jnp.take_along_axis(x, i, -1), x, indices, like=x, axes=1)
 
 
 def _read(teacher, rows, classes):

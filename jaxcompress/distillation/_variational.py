@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import _check
+from jaxcompress._dtypes import wide_dtype
 from jaxcompress._types import ArrayLike
 from jaxcompress.distillation._batches import ALL, counted, read
 
@@ -46,7 +47,7 @@ def vid_init(
     if known and not np.asarray(variance) > np.asarray(floor):
         rule = f"be above the floor, {floor}"
         raise ValueError(_check.message("vid_init", "variance", rule, variance))
-    wide = np.promote_types(dtype, np.float32)
+    wide = wide_dtype(dtype)
     excess = jnp.asarray(variance, wide) - jnp.asarray(floor, wide)
     # The same as log(expm1(excess)), without overflow.
     raw = excess + jnp.log(-jnp.expm1(-excess))

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import _check, arrays
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic
 from jaxcompress._types import Numeric
-from jaxcompress.factorization._decompose import SVD, product
+from jaxcompress.factorization._decompose import SVD
 from jaxcompress.factorization._ranks import rank_of_energy
 
 

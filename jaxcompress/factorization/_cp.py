@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import arrays
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic
 from jaxcompress.factorization import _lapack as lapack
 from jaxcompress.factorization._basis import as_matrix
-from jaxcompress.factorization._decompose import decompose, product
+from jaxcompress.factorization._decompose import decompose
 from jaxcompress.factorization._tucker import leading
 
 _PULL = 1e-5  # towards the factor before, of unit columns

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcompress import _check
 from jaxcompress._dtypes import wide
+from jaxcompress._products import product
 from jaxcompress.factorization import _lapack as lapack
 
 Method = Literal["auto", "exact", "gram", "randomized"]
@@ -257,11 +258,6 @@ def orthonormal(y: jax.Array) -> jax.Array:
         root = jnp.where(values > noise, jax.lax.rsqrt(jnp.maximum(values, noise)), 0.0)
         y = product(y, inverse[..., None] * vectors * root[..., None, :])
     return y
-
-
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The matrix product at full precision on every device."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _t(x: jax.Array) -> jax.Array:

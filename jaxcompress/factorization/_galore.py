@@ -10,6 +10,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from jaxcompress import _check, tree
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic, is_explicit, on_mesh_of
 from jaxcompress._types import Numeric, PyTree
 from jaxcompress.factorization._basis import (
@@ -20,7 +21,7 @@ from jaxcompress.factorization._basis import (
     require_matrix,
     side_limit,
 )
-from jaxcompress.factorization._decompose import decompose, product
+from jaxcompress.factorization._decompose import decompose
 from jaxcompress.projections import number_at
 from jaxcompress.projections._due import found_when
 from jaxcompress.projections._optax import _optimizer

@@ -10,9 +10,10 @@ import numpy as np
 from jax import lax
 
 from jaxcompress import arrays
+from jaxcompress._products import product
 from jaxcompress.factorization import _lapack as lapack
 from jaxcompress.factorization._basis import as_matrix
-from jaxcompress.factorization._decompose import SVD, decompose, product
+from jaxcompress.factorization._decompose import SVD, decompose
 from jaxcompress.factorization._ranks import count_above, largest, unit_of
 
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic
 from jaxcompress._types import ArrayLike
 from jaxcompress.factorization import _lapack as lapack
 from jaxcompress.factorization._basis import as_matrix
-from jaxcompress.factorization._decompose import product
 
 
 def nuclear_norm(w: jax.Array, strength: ArrayLike, path: str = "") -> jax.Array:

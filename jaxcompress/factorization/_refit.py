@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check, arrays, tree
+from jaxcompress._products import product
 from jaxcompress._types import PyTree
 from jaxcompress.factorization._basis import as_matrix
-from jaxcompress.factorization._decompose import decompose, product
+from jaxcompress.factorization._decompose import decompose
 from jaxcompress.factorization._weighted import root_of
 from jaxcompress.factorization._whitened import weight_of
 from jaxcompress.solvers import Layout, gram_of, layouts

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import arrays, tree
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic
 from jaxcompress._types import PyTree
 from jaxcompress.factorization import _lapack as lapack
 from jaxcompress.factorization._basis import as_matrix, require_matrix
-from jaxcompress.factorization._decompose import product
 from jaxcompress.factorization._proximal import singular_values_mapped
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from jaxcompress import _check
 from jaxcompress._dtypes import wide
+from jaxcompress._products import product
 from jaxcompress._types import ArrayLike
-from jaxcompress.factorization._decompose import decompose, product
+from jaxcompress.factorization._decompose import decompose
 
 # Of Lin, Chen & Ma: the first penalty, its growth, and its end.
 _FIRST, _GROWTH, _MOST = 1.25, 1.5, 1e7

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from jaxcompress import _check
 from jaxcompress._dtypes import wide
+from jaxcompress._products import product
 from jaxcompress._sharding import is_explicit, on_mesh_of
-from jaxcompress.factorization._decompose import product
 from jaxcompress.tracing import Member, Statistics, Stream
 from jaxcompress.tracing._folding import folded, gains_of
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress import arrays
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic
-from jaxcompress.factorization._decompose import SVD, Method, decompose, product
+from jaxcompress.factorization._decompose import SVD, Method, decompose
 
 
 @jax.tree_util.register_dataclass

@@ -8,15 +8,11 @@ import numpy as np
 
 from jaxcompress import _check
 from jaxcompress._dtypes import wide
+from jaxcompress._products import product
 from jaxcompress._types import Numeric
 from jaxcompress.factorization import _lapack as lapack
 from jaxcompress.factorization._basis import column_limit
-from jaxcompress.factorization._decompose import (
-    Method,
-    check_method,
-    decompose,
-    product,
-)
+from jaxcompress.factorization._decompose import Method, check_method, decompose
 
 
 class WeightedSVD(NamedTuple):

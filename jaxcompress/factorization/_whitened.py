@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check, tree
+from jaxcompress._products import product
 from jaxcompress._types import PyTree
 from jaxcompress.factorization._basis import (
     Basis,
@@ -18,7 +19,7 @@ from jaxcompress.factorization._basis import (
     side_limit,
     unless_whole,
 )
-from jaxcompress.factorization._decompose import SVD, Method, decompose, product
+from jaxcompress.factorization._decompose import SVD, Method, decompose
 from jaxcompress.factorization._weighted import root_of
 from jaxcompress.projections import RowRule, Rows
 from jaxcompress.solvers import Layout, mean_inputs

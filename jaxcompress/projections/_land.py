@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxcompress._dtypes import wide_dtype
 from jaxcompress._types import PyTree
 
 
@@ -10,7 +11,7 @@ def wide(dtype) -> jnp.dtype:
     """float32 for narrower floats: an update in it can reach every narrow value."""
     if not jnp.issubdtype(dtype, jnp.floating):
         return dtype
-    return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+    return wide_dtype(dtype)
 
 
 def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

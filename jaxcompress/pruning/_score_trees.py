@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress import _check, tree
+from jaxcompress._dtypes import wide_dtype
 
 
 def require_dense(function: str, w: Any, path: str) -> None:
@@ -23,7 +24,7 @@ def score_of_unchosen(w: Any) -> jax.Array | None:
         return None
     if not is_floating(w):
         return jnp.zeros(w.shape, jnp.float32)
-    return jnp.full(w.shape, jnp.inf, wide_dtype(w))
+    return jnp.full(w.shape, jnp.inf, dtype_of_scores(w))
 
 
 def is_floating(x: Any) -> bool:
@@ -31,12 +32,11 @@ def is_floating(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
 
 
-def wide_dtype(x: Any) -> Any:
-    """That of the scores of a leaf: float32, or its own where that is wider."""
-    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
-    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+def dtype_of_scores(x: Any) -> Any:
+    """float32, or the leaf's own where that is wider."""
+    return wide_dtype(jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def wide(x: Any) -> jax.Array:
     """A leaf in the dtype of its scores."""
-    return jnp.asarray(x).astype(wide_dtype(x))
+    return jnp.asarray(x).astype(dtype_of_scores(x))

@@ -13,11 +13,11 @@ from jaxcompress._sharding import place_like
 from jaxcompress._types import ArrayLike, PyTree
 from jaxcompress.pruning._counts import fraction_at, kept_count
 from jaxcompress.pruning._score_trees import (
+    dtype_of_scores,
     is_floating,
     require_dense,
     score_of_unchosen,
     wide,
-    wide_dtype,
 )
 from jaxcompress.pruning._select import largest_of_tree
 
@@ -208,5 +208,5 @@ def _ones(x: Any) -> Any:
     if not is_floating(x):
         return x
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jnp.ones(x.shape, wide_dtype(x))
-    return jnp.ones_like(x, dtype=wide_dtype(x))
+        return jnp.ones(x.shape, dtype_of_scores(x))
+    return jnp.ones_like(x, dtype=dtype_of_scores(x))

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from jaxcompress import _check, arrays, tree
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic, place_like
 from jaxcompress._types import ArrayLike, PyTree
 from jaxcompress.projections import Projection, is_leaf_structure
@@ -230,7 +231,7 @@ def _layer(off: jax.Array, jump: jax.Array, gram: jax.Array, how: _How, steps: i
     hessian = unit + how.damping * jnp.mean(jnp.diagonal(unit)) * eye
 
     def spread(error):
-        return jnp.matmul(hessian, error, precision=lax.Precision.HIGHEST)
+        return product(hessian, error)
 
     def losses(error):
         return jnp.sum(error * spread(error), axis=0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxcompress import _check, arrays, tree
+from jaxcompress._products import product
 from jaxcompress._sharding import automatic
 from jaxcompress._types import ArrayLike, PyTree
 from jaxcompress.projections import Projection
@@ -217,8 +218,7 @@ def _search(projection, params, inputs, grams, candidates: int) -> dict[str, jax
         for path, w in before.items():
             change = arrays.todense(after[path]).astype(jnp.float32) - w.astype(jnp.float32)
             e = inputs[path].layout.matrices(change)
-            product = jnp.matmul(grams[path], e, precision=lax.Precision.HIGHEST)
-            error = jnp.sum(e * product)
+            error = jnp.sum(e * product(grams[path], e))
             out[path] = jnp.where(jnp.isnan(error), jnp.inf, error)
         return out
 

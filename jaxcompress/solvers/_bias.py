@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxcompress import _check, arrays, tree
+from jaxcompress._products import product
 from jaxcompress._types import PyTree
 from jaxcompress.solvers._inputs import inputs_of, mean_inputs, with_statistics
 from jaxcompress.solvers._layout import Layout
@@ -113,7 +113,7 @@ def _lost_mean(
     # A channel of a convolution has one mean at all places of the kernel.
     matrices = matrices.reshape((matrices.shape[0], inputs.count, -1, matrices.shape[-1])).sum(2)
     rows = mean.reshape((matrices.shape[0], 1, inputs.count))
-    return jnp.matmul(rows, matrices, precision=lax.Precision.HIGHEST)
+    return product(rows, matrices)
 
 
 def _outputs(layout: Layout) -> int:

@@ -10,7 +10,8 @@ from jax import lax
 
 from jaxcompress import _check
 from jaxcompress._dtypes import wide
-from jaxcompress.solvers._hessian import check_layer, product
+from jaxcompress._products import product
+from jaxcompress.solvers._hessian import check_layer
 
 _LAZY = 128  # rows whose errors reach the rows after them in one product
 _INNER = 32  # of those, rows that a cache holds

@@ -127,11 +127,6 @@ def check_layer(function: str, w: Any, gram: Any, name: str = "gram") -> None:
         raise ValueError(_check.message(function, name, f"be of shape {wanted}", got))
 
 
-def product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The matrix product at full precision on every device."""
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
 def damp(gram: jax.Array, damping: jax.Array) -> Damped:
     """The Hessian with the least damping, from `damping` on, that can be factored."""
     gram = wide(gram)

@@ -7,8 +7,9 @@ from jax import lax
 
 from jaxcompress import _check
 from jaxcompress._dtypes import wide
+from jaxcompress._products import product
 from jaxcompress._types import ArrayLike
-from jaxcompress.solvers._hessian import check_layer, damp, product
+from jaxcompress.solvers._hessian import check_layer, damp
 
 _PENALTY = 1.0  # of ADMM, next to a Hessian with a diagonal of ones
 _ENTRIES = 2**22  # of the matrices of the columns that are solved together

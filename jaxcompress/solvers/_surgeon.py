@@ -9,14 +9,9 @@ from jax import lax
 
 from jaxcompress import _check
 from jaxcompress._dtypes import wide
+from jaxcompress._products import product
 from jaxcompress._types import ArrayLike
-from jaxcompress.solvers._hessian import (
-    PrepareInfo,
-    check_layer,
-    damp,
-    inverse_factor,
-    product,
-)
+from jaxcompress.solvers._hessian import PrepareInfo, check_layer, damp, inverse_factor
 from jaxcompress.solvers._refit import refit
 
 _ENTRIES = 2**20  # of the inverses of the columns that are worked on together: a cache's worth

@@ -10,6 +10,7 @@ from jaxcompress.tree._paths import require_distinct as require_distinct
 from jaxcompress.tree._select import Where as Where
 from jaxcompress.tree._select import all_of as all_of
 from jaxcompress.tree._select import any_of as any_of
+from jaxcompress.tree._select import glob as glob
 from jaxcompress.tree._select import is_weight as is_weight
 from jaxcompress.tree._select import none_of as none_of
 from jaxcompress.tree._select import select as select

@@ -105,7 +105,7 @@ def _resolve(tree: PyTree, where: Where, function: str) -> PyTree:
         parts = [_resolve(tree, w, function) for w in where.wheres]
         return map_with_path(lambda _, x, *hits: where.rule(hits), tree, *parts)
     if isinstance(where, str):
-        pattern = _glob(where)
+        pattern = glob(where)
         return map_with_path(lambda path, _: pattern.fullmatch(path) is not None, tree)
     if isinstance(where, re.Pattern):
         return map_with_path(lambda path, _: where.fullmatch(path) is not None, tree)
@@ -134,29 +134,19 @@ def _all_booleans(mask: PyTree) -> bool:
     return all(isinstance(m, (bool, np.bool_)) for m in jax.tree.leaves(mask))
 
 
+_WILDCARD = re.compile(r"\*\*/|/\*\*\Z|\*\*|\*|\?|\[.[^\]]*\]")
+_ALL_OF = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
 @lru_cache(maxsize=256)
-def _glob(pattern: str) -> re.Pattern:
-    """A path glob as a regular expression; `**/` also stands for no level at all."""
-    out, i = "", 0
-    while i < len(pattern):
-        if pattern.startswith("**/", i):
-            out, i = out + "(?:.*/)?", i + 3
-        elif pattern.startswith("/**", i) and i + 3 == len(pattern):
-            out, i = out + "(?:/.*)?", i + 3
-        elif pattern.startswith("**", i):
-            out, i = out + ".*", i + 2
-        elif pattern[i] == "*":
-            out, i = out + "[^/]*", i + 1
-        elif pattern[i] == "?":
-            out, i = out + "[^/]", i + 1
-        elif pattern[i] == "[" and "]" in pattern[i + 2 :]:
-            end = pattern.index("]", i + 2)
-            body = pattern[i + 1 : end]
-            body = "^" + body[1:] if body[0] == "!" else body
-            out, i = out + f"[{body}]", end + 1
-        else:
-            out, i = out + re.escape(pattern[i]), i + 1
-    return re.compile(out)
+def glob(pattern: str) -> re.Pattern:
+    """A path glob as a regular expression, each wildcard a group; `**/` may stand for no level."""
+    out, end = "", 0
+    for wildcard in _WILDCARD.finditer(pattern):
+        text = wildcard.group()
+        body = _ALL_OF.get(text) or ("[^" + text[2:] if text[1] == "!" else text)
+        out, end = out + re.escape(pattern[end : wildcard.start()]) + f"({body})", wildcard.end()
+    return re.compile(out + re.escape(pattern[end:]))
 
 
 def _name(where: Any) -> str:

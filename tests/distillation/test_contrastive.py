@@ -1,5 +1,6 @@
 """CRD against loops written from the paper, and its memory bank as state under jit and scan."""
 
+import functools
 import math
 
 import jax
@@ -396,6 +397,17 @@ def test_a_traced_temperature_not_above_zero_is_not_a_number():
         got = jax.jit(jax.vmap(loss))(jnp.array([0.0, -1.0, jnp.nan, 0.5]))
         np.testing.assert_array_equal(np.isnan(got).all(1), [True] * 3 + [False])
         np.testing.assert_array_equal(np.isnan(got).any(1), [True] * 3 + [False])
+
+
+def test_a_traced_number_out_of_its_range_leaves_the_state_as_it_is():
+    student, teacher, ids, negatives, ours, theirs = problem(np.float32)
+    state = state_of(ours, theirs, started=False)
+    call = jax.jit(functools.partial(crd_loss, student, teacher, ids, negatives, state))
+    for tau, momentum in [(0.0, 0.5), (-1.0, 0.5), (jnp.nan, 0.5), (0.1, 1.5), (0.1, jnp.nan)]:
+        loss, new = call(tau, momentum)
+        assert np.isnan(loss).all()
+        jax.tree.map(np.testing.assert_array_equal, new, state)
+    assert call(0.1, 0.5)[1].started
 
 
 def test_errors_say_what_to_do(key):

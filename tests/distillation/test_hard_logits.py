@@ -1,10 +1,11 @@
 """All other losses on logits on the inputs that break such losses."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress.distillation import (
     dist_loss,
@@ -27,7 +28,7 @@ from jaxcompress.distillation import (
     top_k_loss,
     total_variation,
 )
-from tests.conftest import mesh_of
+from tests.distillation import meshes
 from tests.distillation.test_logits import STRESS, compiled, some_logits
 
 
@@ -187,30 +188,16 @@ SHARDED = ("at 0", "dkd_loss", "dist_loss", "ranking_loss")
     ("kind", "spec"), [("auto", ("d", None)), ("explicit", ("d", None)), ("explicit", (None, "d"))]
 )
 def test_sharded_over_rows_or_classes(kind, spec):
-    mesh = mesh_of(kind)
+    call, wanted, student, teacher = unsharded()
+    meshes.check(call, wanted, student, teacher, kind, spec, atol=1e-5)
+
+
+@functools.cache
+def unsharded():
+    """What the losses are on one device, compiled once for all meshes."""
     student, teacher = map(jnp.float32, some_logits((8, 12)))
     where = jnp.arange(12) < 9
-
-    def losses(s, t):
-        values = jnp.stack([LOSSES[name](s, t, 2.0, where=where) for name in SHARDED])
-        return values.sum(), values
-
-    both = jax.value_and_grad(losses, has_aux=True)
-    (_, expected), slope = unsharded(both, student, teacher)
-    with jax.set_mesh(mesh):
-        place = NamedSharding(mesh, PartitionSpec(*spec))
-        s, t = jax.device_put(student, place), jax.device_put(teacher, place)
-        (_, got), grad = jax.jit(both)(s, t)
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-    np.testing.assert_allclose(grad, slope, rtol=1e-4, atol=1e-5)
-    assert grad.sharding.is_equivalent_to(place, 2)
-
-
-_known = {}
-
-
-def unsharded(both, student, teacher):
-    """The same on one device, compiled once for all meshes."""
-    if not _known:
-        _known["result"] = jax.jit(both)(student, teacher)
-    return _known["result"]
+    call = meshes.with_gradient(
+        lambda s, t: jnp.stack([LOSSES[name](s, t, 2.0, where=where) for name in SHARDED])
+    )
+    return call, call(student, teacher), student, teacher

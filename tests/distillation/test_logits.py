@@ -10,11 +10,9 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress.distillation import kd_loss, kl_divergence, mse_logits, soft_cross_entropy
-from tests.conftest import mesh_of
-from tests.distillation import slopes
+from tests.distillation import meshes, slopes
 
 SOFTENED = [kd_loss, kl_divergence, soft_cross_entropy]
 LOSSES = [*SOFTENED, mse_logits]
@@ -335,24 +333,12 @@ def test_narrow_logits_are_read_in_float32(loss, pair):
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("spec", [("d", None), (None, "d")])
 def test_sharded_over_rows_or_classes(kind, spec):
-    mesh = mesh_of(kind)
     student, teacher = map(jnp.float32, some_logits((8, 12)))
     where = jnp.arange(12) < 9
-
-    def every_loss(s, t):
-        return jnp.stack([loss(s, t, where=where) for loss in LOSSES])
-
-    def gradient(s, t):
-        return jax.grad(lambda s: every_loss(s, t).sum())(s)
-
-    expected, slope = jax.jit(every_loss)(student, teacher), jax.jit(gradient)(student, teacher)
-    with jax.set_mesh(mesh):
-        place = NamedSharding(mesh, PartitionSpec(*spec))
-        s, t = jax.device_put(student, place), jax.device_put(teacher, place)
-        got, grad = jax.jit(every_loss)(s, t), jax.jit(gradient)(s, t)
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-    np.testing.assert_allclose(grad, slope, rtol=1e-4, atol=1e-6)
-    assert grad.sharding.is_equivalent_to(place, 2)
+    call = meshes.with_gradient(
+        lambda s, t: jnp.stack([loss(s, t, where=where) for loss in LOSSES])
+    )
+    meshes.check(call, call(student, teacher), student, teacher, kind, spec)
 
 
 @pytest.mark.parametrize("loss", LOSSES, **ids)

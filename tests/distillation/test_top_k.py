@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress.distillation import TopK, kd_loss, top_k, top_k_loss
-from tests.conftest import counting_jit, mesh_of
-from tests.distillation import slopes
+from tests.conftest import counting_jit
+from tests.distillation import meshes, slopes
 
 kept_of = jax.jit(top_k, static_argnames=("k", "dtype"))
 loss_of = jax.jit(top_k_loss)
@@ -315,19 +314,10 @@ def test_a_teacher_kept_at_another_temperature_is_another_teacher():
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("spec", [("d", None), (None, "d")])
 def test_sharded_over_rows_or_classes(kind, spec):
-    mesh = mesh_of(kind)
     student, teacher = map(jnp.float32, some_logits((8, 12)))
     where = jnp.arange(12) < 9
-    f = lambda s, t: whole(s, t, 2.0, k=4, where=where)  # noqa: E731
-    gradient = lambda s, t: jax.grad(lambda s: f(s, t).sum())(s)  # noqa: E731
-    expected, slope = jax.jit(f)(student, teacher), jax.jit(gradient)(student, teacher)
-    with jax.set_mesh(mesh):
-        place = NamedSharding(mesh, PartitionSpec(*spec))
-        s, t = jax.device_put(student, place), jax.device_put(teacher, place)
-        got, grad = jax.jit(f)(s, t), jax.jit(gradient)(s, t)
-    np.testing.assert_allclose(got, expected, rtol=1e-5)
-    np.testing.assert_allclose(grad, slope, rtol=1e-4, atol=1e-6)
-    assert grad.sharding.is_equivalent_to(place, 2)
+    call = meshes.with_gradient(lambda s, t: whole(s, t, 2.0, k=4, where=where))
+    meshes.check(call, call(student, teacher), student, teacher, kind, spec)
 
 
 def test_errors_name_the_argument():
