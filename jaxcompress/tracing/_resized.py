@@ -5,11 +5,10 @@ from typing import Any
 
 import jax
 import jax.extend.core as jec
-import jax.numpy as jnp
-import numpy as np
 
 from jaxcompress import _check, _sharding, tree
 from jaxcompress._types import PyTree
+from jaxcompress.tracing._custom import CUSTOM, rebind
 from jaxcompress.tracing._interpret import Hooks, interpret
 from jaxcompress.tracing._jaxprs import (
     Body,
@@ -26,7 +25,6 @@ from jaxcompress.tracing._size_rules import new_params, relate
 from jaxcompress.tracing._sizes import Axes, Sizes
 from jaxcompress.tracing._walk import join
 
-_CUSTOM = frozenset(("custom_jvp_call", "custom_vjp_call"))
 # From the location of an equation to the axes of its operands and of its results.
 _Plan = dict[Location, tuple[list[Axes], list[Axes]]]
 
@@ -132,9 +130,9 @@ def _run(
         at for at, sides in plan.items() if any(sizes.changed(axes) for s in sides for axes in s)
     )
 
-    def equation(location, eqn, operands, given, run):
+    def equation(location, eqn, operands, given, run) -> Any:
         ins, outs = ([sizes.shape(axes) for axes in side] for side in plan[location])
-        if eqn.primitive.name in _CUSTOM:
+        if eqn.primitive.name in CUSTOM:
             return _custom(traced.jaxpr, eqn, operands, outs), {}
         changes = {} if bodies(eqn) else new_params(eqn, ins, outs[0])
         if not changes:
@@ -206,66 +204,16 @@ def _through(outer: Axes, inner: Axes, spec: Sequence[Any], sizes: Sizes, why: s
 def _custom(jaxpr: Any, eqn: Any, values: Sequence[Any], shapes: Sequence[tuple[int, ...]]):
     """An equation with a derivative of its own, whose rule is resized too."""
     (body,) = bodies(eqn)
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
-    results = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
-    real = [i for i, aval in enumerate(avals) if jnp.issubdtype(aval.dtype, jnp.inexact)]
-    smooth = [k for k, aval in enumerate(results) if jnp.issubdtype(aval.dtype, jnp.inexact)]
 
     def forward(*xs):
         return _run(_part(body.jaxpr, body.consts), xs, shapes)
 
-    def as_traced(xs):
-        """Its real results as a function of its real operands, at the old sizes."""
+    def run(closed, inner, ins, outs):
+        del ins
+        ends = [values[side.index].shape if side.operand else shapes[side.index] for side in outs]
+        return _run(_part(closed.jaxpr, closed.consts), inner, ends)
 
-        def f(*moving):
-            filled = list(xs)
-            for i, x in zip(real, moving, strict=True):
-                filled[i] = x
-            outs = run_equation(jaxpr, eqn, filled)
-            return [outs[k] for k in smooth]
-
-        return f, [xs[i] for i in real]
-
-    def tangents(xs, dots):
-        f, moving = as_traced(xs)
-        return jax.jvp(f, moving, dots)[1]
-
-    def cotangents(xs, bars):
-        f, moving = as_traced(xs)
-        return jax.vjp(f, *moving)[1](bars)
-
-    def small(rule, extra_avals, xs, extra, shapes):
-        closed = jax.make_jaxpr(rule)(avals, extra_avals)
-        return _run(_part(closed.jaxpr, closed.consts), [*xs, *extra], shapes)
-
-    if eqn.primitive.name == "custom_jvp_call":
-        call = jax.custom_jvp(forward)
-
-        def jvp(xs, dots):
-            moving = [dots[i] for i in real]
-            ends = [shapes[k] for k in smooth]
-            found = small(tangents, [avals[i] for i in real], xs, moving, ends)
-            outs = call(*xs)
-            full = [np.zeros(out.shape, jax.dtypes.float0) for out in outs]
-            for k, dot in zip(smooth, found, strict=True):
-                full[k] = dot
-            return outs, full
-
-        call.defjvp(jvp)
-        return call(*values)
-    call = jax.custom_vjp(forward)
-
-    def backward(xs, bars):
-        ends = [xs[i].shape for i in real]
-        bars = [bars[k] for k in smooth]
-        found = small(cotangents, [results[k] for k in smooth], xs, bars, ends)
-        full: list[Any] = [None] * len(xs)
-        for i, bar in zip(real, found, strict=True):
-            full[i] = bar
-        return tuple(full)
-
-    call.defvjp(lambda *xs: (call(*xs), xs), backward)
-    return call(*values)
+    return rebind(jaxpr, eqn, values, forward, run)
 
 
 def _part(jaxpr: Any, consts: Sequence[Any]) -> Traced:
