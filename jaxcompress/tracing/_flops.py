@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     "add sub mul div rem neg abs sign max min floor ceil round integer_pow square clamp select_n"
     " eq ne lt le gt ge and or xor not is_finite nextafter add_any shift_left"
     " shift_right_logical shift_right_arithmetic population_count".split()
 )
-_TRANSCENDENTAL = frozenset(
+TRANSCENDENTAL = frozenset(
     "exp exp2 expm1 log log1p tanh logistic sin cos tan sqrt rsqrt cbrt pow erf erfc erf_inv"
     " atan2 asin acos atan sinh cosh asinh acosh atanh".split()
 )
@@ -23,7 +23,7 @@ _MOVING = frozenset(
     " expand_dims transpose slice split iota stop_gradient copy copy_p name rev pad"
     " optimization_barrier sharding_constraint reshard mesh_cast pvary pcast".split()
 )
-_FUSED = _ELEMENTWISE | _TRANSCENDENTAL | _MOVING
+_FUSED = ELEMENTWISE | TRANSCENDENTAL | _MOVING
 
 
 def flops(eqn: Any) -> int:
@@ -47,7 +47,7 @@ def flops(eqn: Any) -> int:
         # The groups share out the contracted axis: each result sums over its part of it.
         shared_out = numbers.lhs_ragged_dimensions[0] in contract
         return total // max(1, eqn.invars[2].aval.shape[-1]) if shared_out else total
-    if name in _ELEMENTWISE:
+    if name in ELEMENTWISE:
         return math.prod(eqn.outvars[0].aval.shape)
     if name in _REDUCTIONS:
         return math.prod(eqn.invars[0].aval.shape)

@@ -4,22 +4,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxcompress.tracing._dot import read_dot
-from jaxcompress.tracing._flops import _ELEMENTWISE, _TRANSCENDENTAL
+from jaxcompress.tracing._flops import ELEMENTWISE, TRANSCENDENTAL
 from jaxcompress.tracing._sizes import Axes, Sizes
 from jaxcompress.tracing._views import runs
 
 Rule = Callable[[Any, Sequence[Axes], Sequence[Axes], Sizes, str], None]
 
-_ALIKE = frozenset(
+ALIKE = frozenset(
     "convert_element_type bitcast_convert_type reduce_precision copy copy_p stop_gradient name"
     " sharding_constraint reshard mesh_cast pvary pcast pbroadcast device_put cumsum cumprod"
     " cummax cummin cumlogsumexp lgamma digamma bessel_i0e bessel_i1e igamma igammac real imag"
     " conj complex clz mulhi eq_to le_to lt_to psum psum_invariant pmax pmin".split()
 )
-_REDUCTIONS = frozenset(
+REDUCTIONS = frozenset(
     "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor".split()
 )
-_WINDOWS = frozenset("reduce_window reduce_window_sum reduce_window_max reduce_window_min".split())
+WINDOWS = frozenset("reduce_window reduce_window_sum reduce_window_max reduce_window_min".split())
 
 
 def relate(eqn: Any, ins: Sequence[Axes], outs: Sequence[Axes], sizes: Sizes, why: str) -> None:
@@ -28,11 +28,11 @@ def relate(eqn: Any, ins: Sequence[Axes], outs: Sequence[Axes], sizes: Sizes, wh
     What there is no rule for can run with its old sizes only.
     """
     name = eqn.primitive.name
-    if name in _ELEMENTWISE or name in _TRANSCENDENTAL or name in _ALIKE:
+    if name in ELEMENTWISE or name in TRANSCENDENTAL or name in ALIKE:
         rule: Rule = _alike
-    elif name in _REDUCTIONS:
+    elif name in REDUCTIONS:
         rule = _reduced
-    elif name in _WINDOWS:
+    elif name in WINDOWS:
         rule = _windows
     elif name.startswith("scatter"):
         rule = _scattered

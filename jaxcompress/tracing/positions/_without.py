@@ -1,0 +1,66 @@
+"""A function for params of which some positions are gone."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcompress import _sharding
+from jaxcompress._types import PyTree
+from jaxcompress.tracing._jaxprs import is_array, trace
+from jaxcompress.tracing._sites import is_extra, require_function
+from jaxcompress.tracing.positions._program import read_program
+from jaxcompress.tracing.positions._replay import replay
+from jaxcompress.tracing.positions._user_rules import AxisRule
+
+
+def without_positions(
+    fn: Callable[..., PyTree],
+    like: PyTree,
+    positions: Mapping[str, Mapping[int, np.ndarray]],
+    *,
+    rescale: bool = False,
+    rules: Mapping[str, AxisRule] | None = None,
+) -> Callable[..., PyTree]:
+    """`fn` for params without some positions.
+
+    Args:
+        fn: any function of params and more.
+        like: params that it takes; shapes alone are held on to.
+        positions: by path and axis which positions stay, `bool [*layers, positions]`.
+        rescale: static. Whether numbers that come from a size change with it; a warning says
+            which ones could come from one size or another: they stay.
+        rules: of the user, for what can't be read.
+    """
+    require_function("shrink", fn)
+    old = jax.tree.map(_shape_of, like)
+
+    def run(params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+        stand_ins = jax.tree.map(_stand_in, old, params)
+        traced = trace(fn, (stand_ins, *args), kwargs, parts=True)
+        program = read_program(traced, rules)
+        arrays = [leaf for leaf in jax.tree.leaves(params) if is_array(leaf)]
+        values = [*arrays, *traced.leaves[len(arrays) :]]
+        given = []
+        for path, v in zip(traced.paths, traced.jaxpr.invars, strict=True):
+            axes = {} if is_extra(path) else positions.get(path, {})
+            given.append(tuple(axes.get(d) for d in range(len(v.aval.shape))))
+        replayed = replay(program, values, given, rescale=rescale)
+        for why in dict.fromkeys(replayed.unsure):
+            warnings.warn(f"shrink: {why}; it was kept.", stacklevel=2)
+        return traced.results(replayed.results)
+
+    return run
+
+
+def _shape_of(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
+
+
+def _stand_in(old: Any, new: Any) -> Any:
+    if not is_array(new):
+        return new
+    sharding = jax.typeof(new).sharding if _sharding.is_explicit(new) else None
+    return jax.ShapeDtypeStruct(old.shape, new.dtype, sharding=sharding)
