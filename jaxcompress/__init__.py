@@ -47,7 +47,11 @@ from jaxcompress.projections import restricted as restricted
 from jaxcompress.projections import scheduled as scheduled
 from jaxcompress.projections import straight_through as straight_through
 from jaxcompress.projections import structure as structure
+from jaxcompress.pruning import dependencies as dependencies
 from jaxcompress.pruning import prune as prune
+from jaxcompress.pruning import select as select
+from jaxcompress.pruning import shrink as shrink
+from jaxcompress.pruning import shrink_like as shrink_like
 from jaxcompress.quantization import cluster as cluster
 from jaxcompress.quantization import quantize as quantize
 from jaxcompress.report import summary as summary

@@ -48,6 +48,20 @@ def _statistics():
     return stats
 
 
+def _dependencies():
+    """Of a function that sums over the 8 outputs of `a`."""
+    members = [
+        jc.pruning.Member(path, axis, np.arange(8))
+        for path, axis in (("a/bias", 0), ("a/kernel", 1), ("b/kernel", 0))
+    ]
+    shapes = jax.eval_shape(params)
+    return jc.pruning.Dependencies(
+        (jc.pruning.Group("a/kernel[1]", 8, tuple(members)),),
+        (),
+        dict(jc.tree.leaves_with_paths(shapes)),
+    )
+
+
 PROJECTIONS = {
     "prune": Row(
         lambda sparsity=0.6: jc.prune(sparsity), {"sparsity": [0.0, 0.3, 1.0]}, ("prune",)
@@ -56,6 +70,23 @@ PROJECTIONS = {
         lambda sparsity=0.6: jc.prune(sparsity, scope="global"),
         {"sparsity": [0.1, 0.8]},
         ("prune",),
+    ),
+    "prune_groups": Row(
+        lambda sparsity=0.5: jc.pruning.prune_groups(_dependencies(), sparsity),
+        {"sparsity": [0.0, 0.3, 1.0]},
+        ("prune_groups",),
+    ),
+    "prune_groups_global": Row(
+        lambda sparsity=0.5: jc.pruning.prune_groups(
+            _dependencies(),
+            sparsity,
+            scope="global",
+            norm=jc.pruning.l1,
+            multiple_of=2,
+            floor=0.25,
+        ),
+        {"sparsity": [0.25, 0.75]},
+        ("prune_groups",),
     ),
     "prune_blocks": Row(
         lambda sparsity=0.6: jc.prune(sparsity, groups=jc.pruning.blocks(3, 3)),
@@ -302,6 +333,45 @@ def _distilled(**options):
 
 
 TRANSFORMATIONS = {
+    "projected_groups": Row(
+        lambda sparsity=0.5: jc.projected(
+            _inner(), jc.every(2, jc.pruning.prune_groups(_dependencies(), sparsity))
+        ),
+        {"sparsity": [0.25, 0.75]},
+        ("projected", "prune_groups"),
+        tolerance=1e-5,
+    ),
+    "movement_groups": Row(
+        lambda sparsity=0.5: jc.straight_through(
+            _inner(),
+            jc.every(
+                2,
+                jc.pruning.prune_groups(_dependencies(), sparsity, score=jc.pruning.movement()),
+            ),
+        ),
+        {"sparsity": [0.25, 0.75]},
+        ("straight_through", "prune_groups"),
+        tolerance=1e-5,
+    ),
+    "proximal_units": Row(
+        lambda strength=1e-2, period=2: optax.chain(
+            _inner(), jc.pruning.proximal_groups(_dependencies(), strength, period)
+        ),
+        {"strength": [1e-2, 0.5], "period": [1, 2]},
+        ("proximal_groups",),
+        tolerance=1e-5,
+    ),
+    "growing_regularization": Row(
+        lambda increase=0.1, period=2, ceiling=0.15: optax.chain(
+            jc.pruning.growing_regularization(
+                jc.pruning.prune_groups(_dependencies(), 0.5), increase, period, ceiling
+            ),
+            _inner(),
+        ),
+        {"increase": [0.1, 1.0], "period": [1, 2], "ceiling": [0.15, 2.0]},
+        ("growing_regularization",),
+        tolerance=1e-5,
+    ),
     "project_params": Row(
         lambda sparsity=0.5: optax.chain(
             _inner(), jc.project_params(jc.every(2, jc.prune(sparsity)))
@@ -575,6 +645,7 @@ TRANSFORMATIONS = {
 
 # Pure functions and readers: they have tests of their own, named here.
 ELSEWHERE = {
+    "tests/pruning": {"dependencies", "select", "shrink", "shrink_like"},
     "tests/projections": {
         "compress",
         "latent",

@@ -56,6 +56,7 @@ def test_every_public_name_is_in_a_table():
     elsewhere = set().union(*contract.ELSEWHERE.values())
     rooms = {"rigl", "sparse_evolution", "top_kast", "from_masks", "as_is"}  # as jc.pruning.…
     rooms |= {"powerpropagation", "hard_concrete"}
+    rooms |= {"prune_groups", "proximal_groups", "growing_regularization"}
     rooms |= {"floats", "fp8", "mx", "nvfp4", "nf4"}
     rooms |= {"hqq", "galore", "convolution", "dynamical_low_rank", "lora", "low_rank_plus"}
     rooms |= {"smoothed", "rescaled", "awq", "rotated"}

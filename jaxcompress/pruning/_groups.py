@@ -15,6 +15,8 @@ Norm = Callable[[jax.Array, tuple[int, ...], jax.Array], jax.Array]
 """`(scores, axes, sizes) -> importance`: reduces `axes` of the scores, where what pads the last
 groups is zero; `sizes` are the true numbers of weights, in the shape of the result."""
 
+_SMALL, _LARGE = 2.0**-100, 2.0**100
+
 
 class Groups(NamedTuple):
     """How the weights of a leaf are tied, as pure functions of one leaf.
@@ -57,11 +59,15 @@ def l1(scores: jax.Array, axes: tuple[int, ...], sizes: jax.Array) -> jax.Array:
 
 
 def l2(scores: jax.Array, axes: tuple[int, ...], sizes: jax.Array) -> jax.Array:
-    """The root of the sum of squared scores of a group, without overflow."""
+    """The root of the sum of squared scores of a group, without overflow; smooth at zeros."""
     del sizes
-    top = jnp.max(jnp.abs(scores), axes, keepdims=True, initial=0.0)
-    safe = jnp.where((top > 0) & jnp.isfinite(top), top, jnp.ones_like(top))
-    return jnp.squeeze(safe, axes) * jnp.sqrt(jnp.sum(jnp.square(scores / safe), axes))
+    top = jax.lax.stop_gradient(jnp.max(jnp.abs(scores), axes, keepdims=True, initial=0.0))
+    # XLA multiplies by the reciprocal, which is flushed to zero for the very largest.
+    safe = jnp.clip(jnp.where(jnp.isfinite(top), top, jnp.ones_like(top)), _SMALL, _LARGE)
+    squares = jnp.sum(jnp.square(scores / safe), axes)
+    positive = squares > 0
+    root = jnp.sqrt(jnp.where(positive, squares, jnp.ones_like(squares)))
+    return jnp.squeeze(safe, axes) * jnp.where(positive, root, squares)
 
 
 def largest_score(scores: jax.Array, axes: tuple[int, ...], sizes: jax.Array) -> jax.Array:

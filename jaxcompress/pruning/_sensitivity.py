@@ -170,15 +170,15 @@ def grasp(loss: Loss, params: PyTree, batches: Iterable[Any]) -> PyTree:
     not divided by the sum.
     """
     batches = list(batches)
-    parts = _parts("grasp", loss, params)
-    flow = _mean("grasp", parts, batches, _gradient)
+    parts = parts_of("grasp", loss, params)
+    flow = mean_of("grasp", parts, batches, _gradient)
 
     def curvature(loss_of, weights, batch, flow):
         tangents = jax.tree.map(lambda w, g: g.astype(w.dtype), weights, flow)
         gradient = jax.grad(lambda w: loss_of(w, batch))
         return 1.0, jax.tree.map(wide, jax.jvp(gradient, (weights,), (tangents,))[1])
 
-    return _combined(parts, _mean("grasp", parts, batches, curvature, flow), lambda w, hg: w * hg)
+    return combined(parts, mean_of("grasp", parts, batches, curvature, flow), lambda w, hg: w * hg)
 
 
 class _Parts(NamedTuple):
@@ -190,7 +190,7 @@ class _Parts(NamedTuple):
     loss_of: Callable[..., jax.Array]
 
 
-def _parts(function: str, loss: Loss, params: PyTree) -> _Parts:
+def parts_of(function: str, loss: Loss, params: PyTree) -> _Parts:
     if not callable(loss):
         rule, fix = "be a function of the params", "Pass the loss first and the params second."
         raise TypeError(_check.message(function, "loss", rule, _check.describe(loss), fix))
@@ -214,11 +214,11 @@ def _parts(function: str, loss: Loss, params: PyTree) -> _Parts:
 
 
 def _scores(function, loss, params, batches, measure, combine) -> PyTree:
-    parts = _parts(function, loss, params)
-    return _combined(parts, _mean(function, parts, batches, measure), combine)
+    parts = parts_of(function, loss, params)
+    return combined(parts, mean_of(function, parts, batches, measure), combine)
 
 
-def _mean(function: str, parts: _Parts, batches: Iterable[Any], measure, *extra) -> list:
+def mean_of(function: str, parts: _Parts, batches: Iterable[Any], measure, *extra) -> list:
     """The mean over batches of what `measure(loss_of, weights, batch, *extra)` counts and sums."""
 
     @jax.jit
@@ -258,7 +258,7 @@ def _examples(batch: Any) -> tuple[int, list[int | None]]:
     return lengths.pop(), [0 if jnp.ndim(x) > 0 else None for x in flat]
 
 
-def _combined(parts: _Parts, found: list, combine) -> PyTree:
+def combined(parts: _Parts, found: list, combine) -> PyTree:
     scores = [
         score_of_unchosen(other) if w is None else combine(wide(w), x)
         for w, other, x in zip(parts.weights, parts.others, found, strict=True)

@@ -3,6 +3,12 @@
 from jaxcompress.report._figures import figure as figure
 from jaxcompress.report._figures import tradeoff as tradeoff
 from jaxcompress.report._masks import masks as masks
+from jaxcompress.report._network import Edge as Edge
+from jaxcompress.report._network import Network as Network
+from jaxcompress.report._network import Node as Node
+from jaxcompress.report._network import network as network
+from jaxcompress.report._network_figure import network_figure as network_figure
+from jaxcompress.report._network_graph import network_dot as network_dot
 from jaxcompress.report._panels import histograms as histograms
 from jaxcompress.report._panels import spectra as spectra
 from jaxcompress.report._quantization import Quantization as Quantization
@@ -13,6 +19,10 @@ from jaxcompress.report._rank_figure import rank_figure as rank_figure
 from jaxcompress.report._ranks import RankRow as RankRow
 from jaxcompress.report._ranks import Ranks as Ranks
 from jaxcompress.report._ranks import ranks as ranks
+from jaxcompress.report._shrunk import Shrunk as Shrunk
+from jaxcompress.report._shrunk import ShrunkRow as ShrunkRow
+from jaxcompress.report._shrunk import shrunk as shrunk
+from jaxcompress.report._shrunk import sizes as sizes
 from jaxcompress.report._summary import LeafRow as LeafRow
 from jaxcompress.report._summary import Summary as Summary
 from jaxcompress.report._summary import summary as summary

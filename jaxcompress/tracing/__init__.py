@@ -18,6 +18,7 @@ from jaxcompress.tracing._cost import cost as cost
 from jaxcompress.tracing._lift import lift as lift
 from jaxcompress.tracing._names import name as name
 from jaxcompress.tracing._nnx import functional as functional
+from jaxcompress.tracing._nnx import with_variables as with_variables
 from jaxcompress.tracing._resized import resized as resized
 from jaxcompress.tracing._sites import Site as Site
 from jaxcompress.tracing._sites import sites as sites

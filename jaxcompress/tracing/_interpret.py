@@ -40,6 +40,8 @@ class Hooks(NamedTuple):
         identity: `(key, shapes) -> record`, what merges into any other without a trace; None
             where nothing is recorded.
         merge: `(key, record, record) -> record`.
+        scoped: whether `equation` computes by itself, and needs the name stack of the equation;
+            not where it runs equations, which have their own.
     """
 
     touched: frozenset[Location]
@@ -48,6 +50,7 @@ class Hooks(NamedTuple):
     stacks: Callable[[str, Location], bool] | None = None
     identity: Callable[[str, Any], Any] | None = None
     merge: Callable[[str, Any, Any], Any] | None = None
+    scoped: bool = True
 
 
 def interpret(
@@ -106,7 +109,7 @@ def _evaluate(
         operands = [read(v) for v in eqn.invars]
         run = functools.partial(_run, jaxpr, eqn, inside, given, hooks, within, location)
         if location in hooks.touched or (lifted and not inside):
-            with _scope(eqn):
+            with _scope(eqn) if hooks.scoped else contextlib.nullcontext():
                 results, new = hooks.equation(location, eqn, operands, given, run)
         else:
             results, new = run(operands)

@@ -140,7 +140,7 @@ def _run(
         changed = eqn.replace(params={**eqn.params, **changes})
         return run_equation(traced.jaxpr, changed, operands), {}
 
-    return interpret(traced, values, Hooks(touched, equation))[0]
+    return interpret(traced, values, Hooks(touched, equation, scoped=False))[0]
 
 
 def _read(

@@ -39,16 +39,18 @@ def _read(jaxpr, consts, ins, reading: Reading, here: Location, scope: str, loop
         given = tuple(value(v) for v in eqn.invars)
         at, location = join(scope, scope_of(eqn)), (*here, i)
         why = f"`{eqn.primitive.name}` at {at}" if at else f"`{eqn.primitive.name}`"
-        inside = bodies(eqn)
+        inside, uses = bodies(eqn), given
         if is_constant(given) and not eqn.effects:
             results = _constants(jaxpr, eqn, given, reading)
-        elif name_of(eqn) in reading.rules:
-            results = _by_rule(eqn, given, reading, why, loop)
-        elif inside:
-            results = _enter(eqn, inside, given, reading, location, at, why, loop)
+        elif inside and name_of(eqn) not in reading.rules:
+            looped = _looped(inside)
+            uses = tuple(_used(v, reading) if n in looped else v for n, v in enumerate(given))
+            results = _enter(eqn, inside, uses, reading, location, at, why, loop)
         else:
-            results = _equation(eqn, given, reading, why, loop)
-        reading.plan[location] = Places(given, tuple(results))
+            uses = tuple(_used(v, reading) for v in given)
+            by_rule = name_of(eqn) in reading.rules
+            results = (_by_rule if by_rule else _equation)(eqn, uses, reading, why, loop)
+        reading.plan[location] = Places(given, uses, tuple(results))
         known.update(zip(eqn.outvars, results, strict=True))
     return [value(v) for v in jaxpr.outvars]
 
@@ -62,6 +64,23 @@ def _constant(reading: Reading, shape: tuple[int, ...], lazy: Any, known: Any = 
     """A value that is the same whatever the arguments: its positions are free."""
     labels = tuple(reading.atoms.fresh(n) for n in shape)
     return Value(labels, (known,) * len(shape), known, lazy)
+
+
+def _used(value: Value, reading: Reading) -> Value:
+    """A constant as one equation uses it, which need not be all of it."""
+    if value.constant is None or not value.labels:
+        return value
+    return value._replace(labels=tuple(reading.atoms.fresh(len(label)) for label in value.labels))
+
+
+def _looped(inside: Sequence[Body]) -> set[int]:
+    """The operands that are others in each trip of a loop."""
+    return {
+        i
+        for body in inside
+        for j, i in enumerate(body.inputs)
+        if j in body.sliced or not constant(body, j)
+    }
 
 
 def _constants(jaxpr, eqn, given: Sequence[Value], reading: Reading) -> list[Value]:

@@ -15,8 +15,15 @@ OUTSIDE: Location = ()
 
 
 class Places(NamedTuple):
-    """The values of an equation."""
+    """The values of an equation.
 
+    Attributes:
+        given: the operands.
+        ins: the same, as the equation uses them: a constant has labels of its own in each use.
+        outs: the results.
+    """
+
+    given: tuple[Value, ...]
     ins: tuple[Value, ...]
     outs: tuple[Value, ...]
 

@@ -16,7 +16,7 @@ from jaxcompress.tracing.positions._read import is_constant, read
 from jaxcompress.tracing.positions._reading import Reading
 from jaxcompress.tracing.positions._rerun import rerun
 from jaxcompress.tracing.positions._rescaled import rescaled
-from jaxcompress.tracing.positions._taken import Masks, shape_of, take_positions
+from jaxcompress.tracing.positions._taken import Masks, take_positions
 from jaxcompress.tracing.positions._user_rules import AxisRule, name_of
 from jaxcompress.tracing.positions._values import Value
 
@@ -73,19 +73,24 @@ def _run(
     how.unsure.extend(number.why for number in numbers.values() if number.value is None)
     numbers = {at: (n.operand, n.value) for at, n in numbers.items() if n.value is not None}
     touched = set(numbers)
-    for location, (ins, outs) in reading.plan.items():
-        if _changed(stays, outs) or (_changed(stays, ins) and not is_constant(ins)):
+    for location, places in reading.plan.items():
+        if any(_changed(stays, values) for values in places):
             touched.add(location)
             # An equation with jaxprs inside is entered, whether or not one there changes.
             touched.add((*location, 0, -1))
 
     def equation(location, eqn, operands, given, run) -> Any:
-        ins, outs = reading.plan[location]
-        after = [stays.of(value) for value in outs]
-        if is_constant(ins):
-            pairs = zip(outs, after, eqn.outvars, strict=True)
-            return [_constant(value, masks, v.aval) for value, masks, v in pairs], {}
-        before = [stays.of(value) for value in ins]
+        places = reading.plan[location]
+        before, after = ([stays.of(value) for value in side] for side in places[1:])
+        pairs = zip(operands, places.given, strict=True)
+        if is_constant(places.given) and not eqn.effects:
+            full = [_whole(x, value, stays) for x, value in pairs]
+            results = run_equation(traced.jaxpr, eqn, full)
+            return [take_positions(*pair) for pair in zip(results, after, strict=True)], {}
+        operands = [
+            x if value is use else take_positions(_whole(x, value, stays), masks)
+            for (x, value), use, masks in zip(pairs, places.ins, before, strict=True)
+        ]
         if name_of(eqn) in reading.rules:
             return _by_rule(reading.rules[name_of(eqn)], traced.jaxpr, eqn, operands), {}
         if eqn.primitive.name in CUSTOM:
@@ -95,20 +100,22 @@ def _run(
             return run(operands)
         if location in numbers:
             operand, number = numbers[location]
-            operands, invars = list(operands), list(eqn.invars)
+            invars = list(eqn.invars)
             operands[operand] = jnp.full_like(operands[operand], number)
             # A number that is written in the program is not read from the operands.
             invars[operand] = jec.Var(jax.typeof(operands[operand]))
             eqn = eqn.replace(invars=invars)
-        places = eqn.primitive.name in _INDEXED or eqn.primitive.name.startswith("scatter")
-        constants = [value.constant() if places and value.constant else None for value in ins]
+        indexed = eqn.primitive.name in _INDEXED or eqn.primitive.name.startswith("scatter")
+        constants = [x.constant() if indexed and x.constant else None for x in places.ins]
         return rerun(traced.jaxpr, eqn, operands, before, after, constants), {}
 
     consts = [
         take_positions(array, stays.of(value))
         for array, value in zip(traced.consts, reading.consts, strict=True)
     ]
-    return interpret(traced._replace(consts=consts), values, Hooks(frozenset(touched), equation))[0]
+    return interpret(
+        traced._replace(consts=consts), values, Hooks(frozenset(touched), equation, scoped=False)
+    )[0]
 
 
 def _by_rule(rule: AxisRule, jaxpr: Any, eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
@@ -122,12 +129,11 @@ def _changed(stays: Kept, values: Sequence[Value]) -> bool:
     return any(mask is not None for value in values for mask in stays.of(value))
 
 
-def _constant(value: Value, masks: Masks, aval: Any) -> Any:
-    """What depends on no argument, without the positions that are gone."""
-    if value.known is not None:
-        return jnp.full(shape_of(aval.shape, masks), value.known, aval.dtype)
-    assert value.constant is not None
-    return jnp.asarray(take_positions(value.constant(), masks))
+def _whole(x: Any, value: Value, stays: Kept) -> Any:
+    """A constant with all of its positions, also where a loop or a branch gives back less."""
+    if value.constant is None or all(mask is None for mask in stays.of(value)):
+        return x
+    return jnp.asarray(value.constant())
 
 
 def _custom(

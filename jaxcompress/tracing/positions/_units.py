@@ -49,14 +49,17 @@ def kinds(reading: Reading, arguments: Sequence[Value]) -> list[Kind]:
         for d, label in enumerate(value.labels)
     ]
     depth = _depths(reading, axes)
-    # Atoms that touch the same axes as often are of one kind.
-    numbers = np.random.default_rng(0).integers(1, 2**63, (len(axes), 2), np.uint64)
+    # Atoms that touch the same axes as often, in the same way, are of one kind.
+    width = max((rows.shape[1] for _, _, rows in axes), default=0)
+    numbers = np.random.default_rng(0).integers(1, 2**63, (len(axes), width, 2), np.uint64)
     prints = np.zeros((reading.atoms.count, 2), np.uint64)
     used = np.zeros(reading.atoms.count, bool)
     for k, (_, _, rows) in enumerate(axes):
-        found, count = np.unique(rows, return_counts=True)
-        prints[found] += numbers[k] * count[:, None].astype(np.uint64)
-        used[found] = True
+        # Heads come before features in the rows of a merged axis, though they may be as many.
+        for c, column in enumerate(rows.T):
+            found, count = np.unique(column, return_counts=True)
+            prints[found] += numbers[k, c] * count[:, None].astype(np.uint64)
+            used[found] = True
     used[ALWAYS] = False
     used = np.flatnonzero(used)
     table = np.concatenate([prints[used], depth[used, None].astype(np.uint64)], 1)
@@ -90,9 +93,12 @@ def kinds(reading: Reading, arguments: Sequence[Value]) -> list[Kind]:
     return found
 
 
-def _first(places: list[Place]) -> tuple[int, int, int]:
+def _first(places: list[Place]) -> tuple[int, int, int, int]:
+    """Where units are first; of several there, those first whose positions are in longer runs."""
     place = places[0]
-    return place.argument, place.axis, int(np.argmax(place.units >= 0))
+    owned = place.units >= 0
+    runs = int(np.count_nonzero(np.diff(place.units, prepend=-1)))
+    return place.argument, place.axis, int(np.argmax(owned)), runs
 
 
 def _notes(reading: Reading) -> dict[int, str]:

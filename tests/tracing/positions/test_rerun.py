@@ -4,10 +4,12 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.extend.core import primitives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as PS
 
@@ -261,7 +263,7 @@ CASES = [
         [(N,)],
         [(N,), (B, A)],
     ),
-    Case("threefry2x32", lambda x: jax.extend.random.threefry2x32_p.bind(x[0, 0], x[0, 1], x, x),
+    Case("threefry2x32", lambda x: primitives.threefry2x32_p.bind(x[0, 0], x[0, 1], x, x),
         (jnp.arange(24, dtype=jnp.uint32).reshape(4, 6),), [(), (), (B, A), (B, A)],
         [(B, A), (B, A)]),
     # indexed from a place
