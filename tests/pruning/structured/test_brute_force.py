@@ -16,7 +16,7 @@ MATTERS_ALONE = {
     # It writes into means over units, which the others are divided by.
     "group_norm": "first/*[-1]",
     "norms": "first/*[-1] second/*[-1]",
-    "tied_embeddings": "table[1] down[1]",
+    "tied_embeddings": "table[1] norm/*[0] down[1]",
     "encoder": "embed[1] positions[1] layers/?/o/*[-1] layers/?/down/*[-1]",
     "scanned_encoder": "embed[1] layers/o/*[-1] layers/down/*[-1]",
     "linen_group_norm": "*/c?/*[-1]",
@@ -37,8 +37,10 @@ HIDDEN = ("branches",)
 
 @functools.cache
 def oracle_of(name):
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    # Made in the dtypes that it is made for; Equinox would draw its own in float64.
+    with jax.numpy_dtype_promotion("standard"):
         model = MODELS[name]()
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         dependencies = jc.dependencies(model.apply, model.params, *model.args)
 
         def apply(params, *args):
