@@ -44,7 +44,11 @@ def _read(jaxpr, consts, ins, reading: Reading, here: Location, scope: str, loop
             results = _constants(jaxpr, eqn, given, reading)
         elif inside and name_of(eqn) not in reading.rules:
             looped = _looped(inside)
-            uses = tuple(_used(v, reading) if n in looped else v for n, v in enumerate(given))
+            # They are constants before the first trip only.
+            uses = tuple(
+                _used(v, reading)._replace(known=None, constant=None) if n in looped else v
+                for n, v in enumerate(given)
+            )
             results = _enter(eqn, inside, uses, reading, location, at, why, loop)
         else:
             uses = tuple(_used(v, reading) for v in given)

@@ -88,7 +88,9 @@ def _run(
             results = run_equation(traced.jaxpr, eqn, full)
             return [take_positions(*pair) for pair in zip(results, after, strict=True)], {}
         operands = [
-            x if value is use else take_positions(_whole(x, value, stays), masks)
+            x
+            if value.constant is None or value is use
+            else take_positions(_whole(x, value, stays), masks)
             for (x, value), use, masks in zip(pairs, places.ins, before, strict=True)
         ]
         if name_of(eqn) in reading.rules:

@@ -461,3 +461,45 @@ def test_layers_that_lose_other_numbers_are_refused():
     deps = jc.dependencies(fn, params, X)
     with pytest.raises(ValueError, match="as many"):
         jc.shrink(fn, params, jc.pruning.Keep(deps, masks), X)
+
+
+def test_loops_and_branches_that_start_with_constants_or_give_them_back():
+    def fn(p, x):
+        y = x @ p["a"]
+        y = jax.lax.cond(
+            jnp.sum(x) > 0, jnp.zeros_like, lambda y: jnp.tanh(y) @ p["w"] + jnp.ones((1, 8)) * 0, y
+        )
+        _, y = jax.lax.while_loop(
+            lambda c: c[0] < 3, lambda c: (c[0] + 1, jnp.tanh(c[1] @ p["w"]) + x @ p["a"]), (0, y)
+        )
+        # What is carried starts as a constant, and is one after each trip.
+        c, ys = jax.lax.scan(
+            lambda c, _: (jnp.ones_like(c), c + y), jnp.zeros_like(y), None, length=2
+        )
+        return (c + jnp.sum(ys, 0)) @ p["d"]
+
+    params = {"a": normal(6, 8), "w": normal(8, 8), "d": normal(8, 3)}
+    deps = jc.dependencies(fn, params, X)
+    assert [group.size for group in deps.groups] == [8]
+    keep = half(deps)
+    small, run = jc.shrink(fn, params, keep, X)
+    for x in (X, -X):
+        close(jax.jit(run)(small, x), fn(masked(params, keep), x))
+
+
+def test_a_constant_is_used_by_two_layers_with_other_positions():
+    """One table of angles, cut in its own way where it is used; it is not stored anew."""
+    table = np.arange(4 * 8, dtype=np.float32).reshape(4, 8)
+
+    def fn(p, x):
+        angles = jnp.cos(jnp.asarray(table))
+        x = jax.nn.relu(x @ p["a"]) * angles
+        return jax.nn.relu(x @ p["b"]) * angles @ p["c"]
+
+    params = {"a": normal(6, 8), "b": normal(8, 8, seed=1), "c": normal(8, 3)}
+    deps = jc.dependencies(fn, params, X)
+    assert [group.size for group in deps.groups] == [8, 8]
+    masks = {deps.groups[0].name: np.arange(8) < 3, deps.groups[1].name: np.arange(8) % 3 == 0}
+    keep = jc.pruning.Keep(deps, masks)
+    small, run = jc.shrink(fn, params, keep, X)
+    close(run(small, X), fn(masked(params, keep), X))
