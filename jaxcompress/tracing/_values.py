@@ -73,6 +73,7 @@ class Graph:
         leaves: for each invar of the outermost jaxpr its value.
         outs: what the function returns; None for literals.
         effects: equations with side effects, with all their operands.
+        closed: arrays that the outermost jaxpr closes over and that count as passed in.
     """
 
     parents: list[list[Value]] = dataclasses.field(default_factory=list)
@@ -88,6 +89,7 @@ class Graph:
     leaves: list[Value] = dataclasses.field(default_factory=list)
     outs: list[Value | None] = dataclasses.field(default_factory=list)
     effects: dict[Location, tuple[Value, ...]] = dataclasses.field(default_factory=dict)
+    closed: dict[Any, Value] = dataclasses.field(default_factory=dict)
 
     def add(self, aval: Any, frame: Location, parents: Iterable[Value | None] = ()) -> Value:
         """A new value."""
@@ -128,6 +130,10 @@ def graph_of(jaxpr: Any, paths: Sequence[str | None]) -> Graph:
         value = graph.add(v.aval, ())
         graph.weights[value], graph.inputs[value] = path is not None, path is None
         graph.leaves.append(value)
+    # A function of params alone has its inputs closed over.
+    for v in jaxpr.constvars if None not in paths else ():
+        graph.closed[v] = graph.add(v.aval, ())
+        graph.inputs[graph.closed[v]] = True
     graph.outs = _read(graph, jaxpr, graph.leaves, (), (), False)
     return graph
 
@@ -140,7 +146,10 @@ def _read(
     frame: Location,
     sharded: bool,
 ) -> list[Value | None]:
-    known: dict[Any, Value] = {v: graph.add(v.aval, frame) for v in jaxpr.constvars}
+    known: dict[Any, Value] = {
+        v: graph.closed[v] if v in graph.closed else graph.add(v.aval, frame)
+        for v in jaxpr.constvars
+    }
     for v, value in zip(jaxpr.invars, ins, strict=True):
         known[v] = graph.add(v.aval, frame) if value is None else value
     graph.scopes[here] = known

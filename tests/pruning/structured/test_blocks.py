@@ -707,3 +707,18 @@ def test_wrong_arguments_are_refused():
     (stack,) = residual_blocks(scanned, STACK, normal(2, 8))
     with pytest.raises(ValueError, match="layers which stay"):
         drop_blocks(scanned, STACK, [Dropped(stack, (True,) * 3)], normal(2, 8))
+
+
+def test_inputs_may_be_closed_over():
+    x = jnp.ones((3, 4))
+    params = {"a": jnp.eye(4), "b": 2 * jnp.eye(4)}
+
+    def fn(p, x):
+        x = x + jnp.tanh(x @ p["a"])
+        return x + jnp.tanh(x @ p["b"])
+
+    def closed(p):
+        return fn(p, x)
+
+    names = [block.name for block in jc.pruning.residual_blocks(fn, params, x)]
+    assert [block.name for block in jc.pruning.residual_blocks(closed, params)] == names
