@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.extend.core as jec
 
-from jaxcompress import _check, _sharding, tree
+from jaxcompress import _check, tree
 from jaxcompress._types import PyTree
 from jaxcompress.tracing._custom import CUSTOM, rebind
 from jaxcompress.tracing._interpret import Hooks, interpret
@@ -23,6 +23,7 @@ from jaxcompress.tracing._jaxprs import (
 from jaxcompress.tracing._sites import require_function
 from jaxcompress.tracing._size_rules import new_params, relate
 from jaxcompress.tracing._sizes import Axes, Sizes
+from jaxcompress.tracing._stand_ins import shapes_of, stand_ins
 from jaxcompress.tracing._walk import join
 
 # From the location of an equation to the axes of its operands and of its results.
@@ -66,31 +67,19 @@ def resized(fn: Callable[..., PyTree], like: PyTree) -> Callable[..., PyTree]:
         Array(16., dtype=float32)
     """
     require_function("resized", fn)
-    old = jax.tree.map(_shape_of, like)
+    old = shapes_of(like)
 
     def run(params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         before, after = _named(old), _named(params)
         _require_alike(before, after)
         if all(not is_array(w) or w.shape == before[path].shape for path, w in after.items()):
             return fn(params, *args, **kwargs)
-        stand_ins = jax.tree.map(_stand_in, old, params)
-        traced = trace(fn, (stand_ins, *args), kwargs, parts=True)
+        traced = trace(fn, (stand_ins(old, params), *args), kwargs, parts=True)
         arrays = [w for w in after.values() if is_array(w)]
         values = [*arrays, *traced.leaves[len(arrays) :]]
         return traced.results(_run(traced, values))
 
     return run
-
-
-def _shape_of(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
-
-
-def _stand_in(old: Any, new: Any) -> Any:
-    if not is_array(new):
-        return new
-    sharding = jax.typeof(new).sharding if _sharding.is_explicit(new) else None
-    return jax.ShapeDtypeStruct(old.shape, new.dtype, sharding=sharding)
 
 
 def _named(params: PyTree) -> dict[str, Any]:

@@ -172,9 +172,6 @@ def _enter(eqn, inside, given, reading: Reading, location, scope, why, loop) -> 
         within = loop
         if body.label == "scan":
             within = (*location, k)
-            for j, i in enumerate(body.inputs):
-                if j not in body.sliced and given[i].constant is None:
-                    reading.touch(loop, given[i].labels)
         entering = [
             _entering(body, j, given[i], specs and specs[0][i], reading, location, why)
             for j, i in enumerate(body.inputs)

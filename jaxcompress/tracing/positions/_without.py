@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcompress import _sharding
 from jaxcompress._types import PyTree
 from jaxcompress.tracing._jaxprs import is_array, trace
 from jaxcompress.tracing._sites import is_extra, require_function
+from jaxcompress.tracing._stand_ins import shapes_of, stand_ins
 from jaxcompress.tracing.positions._program import read_program
 from jaxcompress.tracing.positions._replay import replay
 from jaxcompress.tracing.positions._user_rules import AxisRule
@@ -35,11 +35,10 @@ def without_positions(
         rules: of the user, for what can't be read.
     """
     require_function("shrink", fn)
-    old = jax.tree.map(_shape_of, like)
+    old = shapes_of(like)
 
     def run(params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
-        stand_ins = jax.tree.map(_stand_in, old, params)
-        traced = trace(fn, (stand_ins, *args), kwargs, parts=True)
+        traced = trace(fn, (stand_ins(old, params), *args), kwargs, parts=True)
         program = read_program(traced, rules)
         arrays = [leaf for leaf in jax.tree.leaves(params) if is_array(leaf)]
         values = [*arrays, *traced.leaves[len(arrays) :]]
@@ -53,14 +52,3 @@ def without_positions(
         return traced.results(replayed.results)
 
     return run
-
-
-def _shape_of(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_array(leaf) else leaf
-
-
-def _stand_in(old: Any, new: Any) -> Any:
-    if not is_array(new):
-        return new
-    sharding = jax.typeof(new).sharding if _sharding.is_explicit(new) else None
-    return jax.ShapeDtypeStruct(old.shape, new.dtype, sharding=sharding)

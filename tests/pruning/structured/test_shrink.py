@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxcompress as jc
 from jaxcompress.pruning.structured._places import kept_positions
 from tests.conftest import counting_jit, mesh_of
+from tests.pruning.structured.removal import cut, masked, some_units
 
 
 def normal(*shape, seed=0):
@@ -24,40 +25,7 @@ def normal(*shape, seed=0):
 
 def half(deps, seed=0):
     """Half of all units, at random; of layers each its own."""
-    rng, masks = np.random.default_rng(seed), {}
-    for group in deps.groups:
-        rank = np.argsort(np.argsort(rng.random(group.shape), -1), -1)
-        masks[group.name] = rank < max(1, group.size // 2)
-    return jc.pruning.Keep(deps, masks)
-
-
-def masked(params, keep):
-    """Params with zeros at what leaves, written out with NumPy."""
-    positions = kept_positions(keep)
-
-    def leaf(path, w):
-        w = np.array(w)
-        for axis, stays in positions.get(path, {}).items():
-            moved = np.moveaxis(w, axis, -1)
-            layers = stays.ndim - 1
-            moved *= stays.reshape(*stays.shape[:-1], *[1] * (w.ndim - layers - 1), -1)
-        return jnp.asarray(w)
-
-    return jc.tree.map_with_path(leaf, params)
-
-
-def sliced(params, keep):
-    """The entries that stay, by NumPy's indexing."""
-    positions = kept_positions(keep)
-
-    def leaf(path, w):
-        w = np.asarray(w)
-        for axis, stays in positions.get(path, {}).items():
-            assert stays.ndim == 1
-            w = w[(slice(None),) * axis + (stays,)]
-        return w
-
-    return jc.tree.map_with_path(leaf, params)
+    return some_units(deps, deps.groups, seed)
 
 
 def close(a, b, tolerance=2e-6):
@@ -81,7 +49,7 @@ def test_gradients_are_those_of_the_masked_function():
         return lambda p: jnp.sum(jnp.square(f(p, X)))
 
     found = jax.jit(jax.grad(loss(fn)))(small)
-    close(found, sliced(jax.grad(loss(mlp))(masked(MLP, keep)), keep))
+    close(found, cut(jax.grad(loss(mlp))(masked(MLP, keep)), keep))
 
 
 def test_one_trace_for_two_calls_and_another_batch_size():
@@ -113,9 +81,9 @@ def test_shapes_alone_and_narrow_dtypes():
     small, fn = jc.shrink(mlp, shapes, keep, x)
     assert small["c"].shape == (4, 6)
     narrow = jax.tree.map(lambda w: w.astype(jnp.bfloat16), MLP)
-    cut, _ = jc.shrink(mlp, narrow, keep, x)
-    assert fn(cut, X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-    assert all(w.dtype == jnp.bfloat16 for w in jax.tree.leaves(cut))
+    small, _ = jc.shrink(mlp, narrow, keep, x)
+    assert fn(small, X.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert all(w.dtype == jnp.bfloat16 for w in jax.tree.leaves(small))
 
 
 def test_the_params_of_the_user_stay_and_numpy_stays_numpy():
@@ -159,8 +127,8 @@ def test_on_a_mesh_it_is_the_same(kind):
 
         params = {path: place(w) for path, w in MLP.items()}
         x = place(X, "d")
-        cut, run = jc.shrink(mlp, params, keep, x)
-        close(jax.device_get(jax.jit(run)(cut, x)), jax.device_get(expected))
+        small, run = jc.shrink(mlp, params, keep, x)
+        close(jax.device_get(jax.jit(run)(small, x)), jax.device_get(expected))
 
 
 @jax.custom_vjp
@@ -194,7 +162,7 @@ def test_a_derivative_of_ones_own_stays(custom):
     def loss(f):
         return lambda p: jnp.sum(f(p, X))
 
-    close(jax.grad(loss(run))(small), sliced(jax.grad(loss(fn))(masked(params, keep)), keep))
+    close(jax.grad(loss(run))(small), cut(jax.grad(loss(fn))(masked(params, keep)), keep))
 
 
 class Norms(nn.Module):
