@@ -55,11 +55,15 @@ def kept(
         mask = _of_units(kind, given)
         if mask.all():
             continue
+        first = kind.places[0]
         count = np.unique(mask.sum(-1))
         if len(count) > 1:
             got = f"{count.min()} to {count.max()} of {mask.shape[-1]} units"
-            place = kind.places[0]
-            raise _refused("keep as many in each layer", got, names[place.argument], place.axis)
+            rule = "keep as many in each layer"
+            raise _refused(rule, got, names[first.argument], first.axis)
+        if kind.layers == 0 and len(np.unique(mask.reshape(-1, mask.shape[-1]), axis=0)) > 1:
+            rule, got = "keep the same units in all layers here", "others in some"
+            raise _refused(rule, got, names[first.argument], first.axis)
         atoms[kind.atoms] = mask if mask.ndim == 1 else np.arange(mask.shape[-1]) < int(count[0])
         for place in kind.places:
             stays = np.where(place.units >= 0, mask[..., place.units], True)

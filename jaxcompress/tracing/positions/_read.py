@@ -169,9 +169,7 @@ def _enter(eqn, inside, given, reading: Reading, location, scope, why, loop) -> 
         specs = (
             (eqn.params["in_specs"], eqn.params["out_specs"]) if body.label == "shard_map" else None
         )
-        within = loop
-        if body.label == "scan":
-            within = (*location, k)
+        within = (*location, k) if body.label == "scan" else loop
         entering = [
             _entering(body, j, given[i], specs and specs[0][i], reading, location, why)
             for j, i in enumerate(body.inputs)
@@ -211,7 +209,7 @@ def _held(array: Any) -> Value:
 def _entering(body: Body, j: int, value: Value, spec, reading: Reading, location, why) -> Value:
     shape = body.jaxpr.invars[j].aval.shape
     if j in body.sliced:
-        reading.freeze(value.labels[:1], why)
+        reading.freeze(value.labels[:1], f"one for each trip of {why}")
         source = value.source and (value.source[0], (*value.source[1], location))
         return Value(value.labels[1:], value.removed[1:], value.known, None, source)
     if not constant(body, j):

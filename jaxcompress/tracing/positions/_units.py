@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcompress.tracing._jaxprs import Location
-from jaxcompress.tracing.positions._atoms import ALWAYS
+from jaxcompress.tracing.positions._atoms import ALWAYS, Label
 from jaxcompress.tracing.positions._reading import Reading
 from jaxcompress.tracing.positions._values import Value
 
@@ -41,56 +41,63 @@ class Kind(NamedTuple):
     note: str | None
 
 
+Axes = list[tuple[int, int, Label]]
+"""Arguments, their axes, and the resolved labels of these."""
+
+
 def kinds(reading: Reading, arguments: Sequence[Value]) -> list[Kind]:
     """What can leave of the arguments; the order is that of the first places."""
-    axes = [
+    axes: Axes = [
         (i, d, reading.atoms.resolve(label))
         for i, value in enumerate(arguments)
         for d, label in enumerate(value.labels)
     ]
     depth = _depths(reading, axes)
-    # Atoms that touch the same axes as often, in the same way, are of one kind.
-    width = max((rows.shape[1] for _, _, rows in axes), default=0)
-    numbers = np.random.default_rng(0).integers(1, 2**63, (len(axes), width, 2), np.uint64)
-    prints = np.zeros((reading.atoms.count, 2), np.uint64)
-    used = np.zeros(reading.atoms.count, bool)
-    for k, (_, _, rows) in enumerate(axes):
-        # Heads come before features in the rows of a merged axis, though they may be as many.
-        for c, column in enumerate(rows.T):
-            found, count = np.unique(column, return_counts=True)
-            prints[found] += numbers[k, c] * count[:, None].astype(np.uint64)
-            used[found] = True
-    used[ALWAYS] = False
-    used = np.flatnonzero(used)
-    table = np.concatenate([prints[used], depth[used, None].astype(np.uint64)], 1)
-    _, kind_of = np.unique(table, axis=0, return_inverse=True)
-    kind_of = kind_of.reshape(-1)
-    of_atom = np.full(reading.atoms.count, -1, np.int64)
-    of_atom[used] = kind_of
-    number = int(kind_of.max()) + 1 if len(used) else 0
-    members: list[list[np.ndarray]] = [[] for _ in range(number)]
-    order = np.full(reading.atoms.count, -1, np.int64)
-    sizes = np.zeros(number, np.int64)
+    kind_of = _kinds_of_atoms(axes, depth)
+    number = int(kind_of.max()) + 1
+    atoms: list[list[int]] = [[] for _ in range(number)]
     places: list[list[Place]] = [[] for _ in range(number)]
+    unit_of = np.full(len(depth), -1, np.int32)
     for argument, d, rows in axes:
         for column in rows.T:
-            here = of_atom[column]
+            here = kind_of[column]
             for kind in np.unique(here[here >= 0]).tolist():
-                mine = np.where(here == kind, column, 0)
-                new = mine[(mine > 0) & (order[mine] < 0)]
+                mine = here == kind
+                new = column[mine & (unit_of[column] < 0)]
+                # Units are numbered in the order of their first positions.
                 new = new[np.sort(np.unique(new, return_index=True)[1])]
-                order[new] = sizes[kind] + np.arange(len(new))
-                sizes[kind] += len(new)
-                members[kind].append(new)
-                units = np.where(mine > 0, order[mine], -1).astype(np.int32)
-                places[kind].append(Place(argument, d, units))
+                unit_of[new] = len(atoms[kind]) + np.arange(len(new))
+                atoms[kind] += new.tolist()
+                places[kind].append(Place(argument, d, np.where(mine, unit_of[column], -1)))
     noted = _notes(reading)
     found = []
     for kind in sorted(range(number), key=lambda k: _first(places[k])):
-        atoms = np.concatenate(members[kind])
-        note = next((noted[a] for a in atoms.tolist() if a in noted), None)
-        found.append(Kind(atoms, places[kind], int(depth[atoms[0]]), note))
+        several = atoms[kind]
+        note = next((noted[atom] for atom in several if atom in noted), None)
+        found.append(Kind(np.array(several), places[kind], int(depth[several[0]]), note))
     return found
+
+
+def _kinds_of_atoms(axes: Axes, depth: np.ndarray) -> np.ndarray:
+    """For each atom its kind, -1 for what is in no argument or can't leave.
+
+    Atoms are of one kind that stand equally often in the same columns of the same axes, which is
+    seen by sums of random numbers. The column tells heads from features, which may be as many.
+    """
+    width = max((rows.shape[1] for _, _, rows in axes), default=0)
+    numbers = np.random.default_rng(0).integers(1, 2**63, (len(axes), width, 2), np.uint64)
+    prints = np.zeros((len(depth), 3), np.uint64)
+    prints[:, 2] = depth
+    used = np.zeros(len(depth), bool)
+    for k, (_, _, rows) in enumerate(axes):
+        for c, column in enumerate(rows.T):
+            found, count = np.unique(column, return_counts=True)
+            prints[found, :2] += numbers[k, c] * count[:, None].astype(np.uint64)
+            used[found] = True
+    used[ALWAYS] = False
+    kind_of = np.full(len(depth), -1, np.int64)
+    kind_of[used] = np.unique(prints[used], axis=0, return_inverse=True)[1].reshape(-1)
+    return kind_of
 
 
 def _first(places: list[Place]) -> tuple[int, int, int, int]:
@@ -109,7 +116,7 @@ def _notes(reading: Reading) -> dict[int, str]:
     return noted
 
 
-def _depths(reading: Reading, axes) -> np.ndarray:
+def _depths(reading: Reading, axes: Axes) -> np.ndarray:
     """For each atom how many leading axes of all its arguments are layers of its own scan."""
     depth = np.zeros(reading.atoms.count, np.int64)
     homes = reading.homes()
