@@ -76,12 +76,15 @@ def dependencies(
             raise TypeError(
                 _check.message("dependencies", "params", "be dense", got, fix, path=path)
             )
+    _require_rules(rules)
     program = program_of("dependencies", fn, params, args, kwargs, rules or {})
     paths = program.traced.paths
     order = {argument: n for n, argument in enumerate(program.reading.stacks)}
     several, frozen = [], []
     for kind in kinds(program.reading, program.arguments):
-        if len(kind.atoms) > 1:
+        if len(kind.places) == 1 and not program.reading.uses(kind.atoms):
+            program.reading.freeze((kind.atoms[:, None],), "it is not used with these arguments")
+        elif len(kind.atoms) > 1:
             several.append(kind)
         else:
             atoms = kind.atoms[:, None]
@@ -105,6 +108,14 @@ def dependencies(
         if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     }
     return Dependencies(tuple(groups), tuple(frozen), shapes, dict(rules or {}))
+
+
+def _require_rules(rules: Any) -> None:
+    named = isinstance(rules, Mapping) and all(isinstance(r, AxisRule) for r in rules.values())
+    if rules is not None and not named:
+        rule, got = "be None or AxisRules by name", _check.describe(rules)
+        fix = 'As {"my_kernel": jc.pruning.AxisRule("t d, d f -> t f")}.'
+        raise TypeError(_check.message("dependencies", "rules", rule, got, fix))
 
 
 def _writer(kind: Kind, program: Program, order: dict[int, int]) -> tuple[int, int, np.ndarray]:

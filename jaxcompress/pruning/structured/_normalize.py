@@ -14,6 +14,9 @@ Normalize = Callable[[jax.Array], jax.Array]
 def by_mean(scores: jax.Array) -> jax.Array:
     """Scores over their mean: how a unit compares with an average one of its group.
 
+    Zeros don't count in the mean: units that are gone already, while pruning grows, would lift
+    those that are left above the units of other groups.
+
     Args:
         scores: `[*layers, size]`, of one group, at least 0.
 
@@ -26,7 +29,8 @@ def by_mean(scores: jax.Array) -> jax.Array:
 
     Source: the default of Torch-Pruning's importances.
     """
-    return _over(scores, jnp.mean(scores, axis=-1, keepdims=True))
+    living = jnp.sum(scores != 0, axis=-1, keepdims=True).astype(scores.dtype)
+    return _over(scores, _over(jnp.sum(scores, axis=-1, keepdims=True), living))
 
 
 def by_largest(scores: jax.Array) -> jax.Array:

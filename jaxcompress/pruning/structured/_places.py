@@ -5,7 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.pruning.structured._base import Group, Keep, Member
+from jaxcompress import _check
+from jaxcompress.pruning.structured._base import Dependencies, Group, Keep, Member
 
 
 def member_mask(group: Group, member: Member, mask: Any) -> Any:
@@ -22,17 +23,52 @@ def member_mask(group: Group, member: Member, mask: Any) -> Any:
 
 
 def kept_positions(keep: Keep) -> dict[str, dict[int, np.ndarray]]:
-    """By path and axis which positions stay, `bool [*layers, positions]`; where some leave."""
+    """By path and axis which positions stay, `bool [*layers, positions]`; where some leave.
+
+    Raises:
+        TypeError: `keep` is something else, or a mask is not of bools.
+        ValueError: a mask has no group or another shape, keeps nothing, or keeps other numbers of
+            units in the layers of a scan.
+    """
+    _require(keep)
     found: dict[str, dict[int, np.ndarray]] = {}
     for group in keep.dependencies.groups:
         mask = keep.masks.get(group.name)
         if mask is None or np.all(mask):
             continue
         for member in group.members:
-            stays = member_mask(group, member, np.asarray(mask, bool))
+            stays = member_mask(group, member, np.asarray(mask))
             axes = found.setdefault(member.path, {})
             axes[member.axis] = axes[member.axis] & stays if member.axis in axes else stays
     return found
+
+
+def _require(keep: Any) -> None:
+    if not isinstance(keep, Keep):
+        rule, got = "be what stays, from jc.select", _check.describe(keep)
+        raise TypeError(_check.message("shrink", "keep", rule, got))
+    if not isinstance(keep.dependencies, Dependencies):
+        rule, got = "hold dependencies, of jc.dependencies", _check.describe(keep.dependencies)
+        raise TypeError(_check.message("shrink", "keep", rule, got))
+    groups = {group.name: group for group in keep.dependencies.groups}
+    for name, mask in keep.masks.items():
+        if name not in groups:
+            rule, fix = (
+                "hold masks of groups of the dependencies",
+                f"There are {list(groups)[:20]}.",
+            )
+            raise ValueError(_check.message("shrink", "keep", rule, f"one of {name!r}", fix))
+        shape, got = groups[name].shape, _check.describe(mask)
+        if not jnp.issubdtype(getattr(mask, "dtype", None), np.bool_):
+            raise TypeError(_check.message("shrink", "keep", "hold bools", got, path=name))
+        if mask.shape != shape:
+            rule = f"hold masks of the shape {list(shape)} of their group"
+            raise ValueError(_check.message("shrink", "keep", rule, got, path=name))
+        counts = np.unique(np.sum(mask, -1))
+        if len(counts) > 1 or counts[0] == 0:
+            rule = "keep a unit of each group at least, and as many in each layer"
+            got = f"{counts.tolist()} units"
+            raise ValueError(_check.message("shrink", "keep", rule, got, path=name))
 
 
 def along(factor: Any, axis: int, ndim: int) -> Any:

@@ -101,9 +101,7 @@ def shrink(
 
 
 def _require(params: PyTree, keep: Any, sizes: str) -> None:
-    if not isinstance(keep, Keep):
-        rule, got = "be what stays, from jc.select", _check.describe(keep)
-        raise TypeError(_check.message("shrink", "keep", rule, got))
+    kept_positions(keep)
     if sizes not in ("keep", "replace"):
         raise ValueError(_check.message("shrink", "sizes", "be 'keep' or 'replace'", repr(sizes)))
     leaves = tree.by_path("shrink", "params", params)

@@ -35,8 +35,9 @@ def join(labels: Sequence[Label]) -> Label:
 def split(atoms: Atoms, label: Label, dims: Sequence[int], why: str) -> list[Label]:
     """Of the axes that a reshape makes of one.
 
-    An atom that varies along one of them goes there. One that varies along several has to be
-    regular: it is defined as a new atom of each of these axes.
+    An atom that varies along one of them goes there. One that varies along several is defined
+    as a new atom of each of these axes; where that is not regular, as along an axis that was
+    joined of others, all positions are.
     """
     rows = atoms.resolve(label).reshape(*dims, -1)
     found: list[list[np.ndarray]] = [[] for _ in dims]
@@ -53,8 +54,9 @@ def split(atoms: Atoms, label: Label, dims: Sequence[int], why: str) -> list[Lab
             continue
         cell = column[at].reshape(-1)
         if (cell == ALWAYS).any() or len(np.unique(cell)) < len(cell):
-            atoms.freeze(cell[:, None], why)
-            continue
+            several = [atoms.fresh(n) if n > 1 else whole(n) for n in dims]
+            unify(atoms, label, merge(several), why, by_rows=True)
+            return several
         parts = [atoms.fresh(dims[d]) for d in varying]
         atoms.define(cell, merge(parts))
         for d, part in zip(varying, parts, strict=True):
@@ -65,8 +67,17 @@ def split(atoms: Atoms, label: Label, dims: Sequence[int], why: str) -> list[Lab
     ]
 
 
-def unify(atoms: Atoms, a: Label, b: Label, why: str) -> None:
-    """The positions of two axes stay or leave together, one by one."""
+def unify(atoms: Atoms, a: Label, b: Label, why: str, *, by_rows: bool = False) -> None:
+    """The positions of two axes stay or leave together, one by one.
+
+    Args:
+        atoms: of the labels.
+        a: of an axis.
+        b: of another one.
+        why: the equation that says so.
+        by_rows: whether rows of several atoms are made equal atom by atom, in their order,
+            without a look at how the axes are made of others.
+    """
     if a is b or (a.shape[1] == 0 == b.shape[1]):
         return
     while True:
@@ -86,7 +97,9 @@ def unify(atoms: Atoms, a: Label, b: Label, why: str) -> None:
             atoms.unite(first[single].max(1), second[single].max(1))
             continue
         if not _define(atoms, first, second, left) and not _define(atoms, second, first, right):
-            _unify_several(atoms, a, b, why)
+            if by_rows or not _unify_several(atoms, a, b, why):
+                _unify_rows(atoms, first, second, why)
+                continue
             return
 
 
@@ -120,14 +133,29 @@ def _define(atoms: Atoms, a: Label, b: Label, count: np.ndarray) -> bool:
     return True
 
 
-def _unify_several(atoms: Atoms, a: Label, b: Label, why: str) -> None:
-    """Two axes that are both merged of others: by the finest axes that both are made of."""
+def _unify_rows(atoms: Atoms, a: Label, b: Label, why: str) -> None:
+    """Rows of as many atoms: the first ones are the same, the second ones, …"""
+    pairs: list[tuple[int, int]] = []
+    for x, y in zip(a, b, strict=True):
+        one, other = x[x != ALWAYS].tolist(), y[y != ALWAYS].tolist()
+        if len(one) == len(other):
+            pairs += zip(one, other, strict=True)
+        else:
+            atoms.freeze(np.array([one]), why)
+            atoms.freeze(np.array([other]), why)
+    if pairs:
+        atoms.unite(*np.array(pairs).T)
+
+
+def _unify_several(atoms: Atoms, a: Label, b: Label, why: str) -> bool:
+    """Two axes that are both merged of others: by the finest axes that both are made of.
+
+    False where there are none.
+    """
     first, second = atoms.resolve(a), atoms.resolve(b)
     dims = _radices(first, second)
     if dims is None:
-        atoms.freeze(first, why)
-        atoms.freeze(second, why)
-        return
+        return False
     pairs = zip(split(atoms, first, dims, why), split(atoms, second, dims, why), strict=True)
     for x, y in pairs:
         for _ in range(2):
@@ -139,6 +167,7 @@ def _unify_several(atoms: Atoms, a: Label, b: Label, why: str) -> None:
             for columns in (one, other):
                 for column in columns.T[1:]:
                     _tie(atoms, columns[:, 0], column, why)
+    return True
 
 
 def _tie(atoms: Atoms, a: np.ndarray, b: np.ndarray, why: str) -> None:

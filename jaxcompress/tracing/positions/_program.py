@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxcompress import tree
+from jaxcompress import _check, tree
 from jaxcompress.tracing._jaxprs import Traced, is_array, trace
 from jaxcompress.tracing._sites import is_extra, require_function
 from jaxcompress.tracing.positions._labels import whole
@@ -39,6 +39,11 @@ def read_program(traced: Traced, rules: Mapping[str, AxisRule] | None = None) ->
     shape and dtype, as the statistics that a normalization returns.
     """
     reading = Reading(rules)
+    for path, v in zip(traced.paths, traced.jaxpr.invars, strict=True):
+        if not all(isinstance(n, int) for n in v.aval.shape):
+            rule, got = "have known sizes", f"the shape {list(v.aval.shape)}"
+            fix = "Export with fixed sizes, once for each."
+            raise ValueError(_check.message("shrink", "args", rule, got, fix, path=path))
     arguments = []
     for i, (path, v) in enumerate(zip(traced.paths, traced.jaxpr.invars, strict=True)):
         shape = v.aval.shape
@@ -80,10 +85,10 @@ def _aliases(traced: Traced, results: Sequence[Value]) -> dict[int, int]:
         if not isinstance(k, int) or isinstance(k, bool):
             continue
         parts = path.split("/")
-        tails = ["/".join(parts[n:]) for n in range(1, len(parts))]
-        for tail in tails:
-            i = leaves.get(tail)
-            if i is None:
+        for n in range(len(parts)):
+            i = leaves.get("/".join(parts[n:]))
+            # The number of a result is no name.
+            if i is None or all(part.isdigit() for part in parts[n:]):
                 continue
             a, b = traced.jaxpr.invars[i].aval, traced.jaxpr.outvars[k].aval
             if (a.shape, a.dtype) == (b.shape, b.dtype):

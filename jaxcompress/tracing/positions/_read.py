@@ -17,6 +17,7 @@ from jaxcompress.tracing.positions._rules import relate
 from jaxcompress.tracing.positions._user_rules import name_of, relate_by
 from jaxcompress.tracing.positions._values import Lazy, Value, fixed, literal, unknown
 
+_PARTS = frozenset("slice dynamic_slice gather split unstack".split())
 _CASTS = frozenset("convert_element_type copy copy_p reduce_precision sharding_constraint".split())
 
 
@@ -54,7 +55,8 @@ def _read(jaxpr, consts, ins, reading: Reading, here: Location, scope: str, loop
             uses = tuple(_used(v, reading) for v in given)
             by_rule = name_of(eqn) in reading.rules
             results = (_by_rule if by_rule else _equation)(eqn, uses, reading, why, loop)
-        reading.plan[location] = Places(given, uses, tuple(results))
+        computes = not inside and eqn.primitive.name not in _PARTS
+        reading.plan[location] = Places(given, uses, tuple(results), computes)
         known.update(zip(eqn.outvars, results, strict=True))
     return [value(v) for v in jaxpr.outvars]
 
@@ -124,7 +126,8 @@ def _equation(eqn, given, reading: Reading, why: str, loop: Location) -> list[Va
     known = [value.known for value in given]
     removed = [_removed(value) for value in given]
     for mixed in neutral(eqn, removed, known):
-        label, reason = given[mixed.operand].labels[mixed.axis], f"{mixed.why}, in {why}"
+        label, at = given[mixed.operand].labels[mixed.axis], why.partition(" at ")[2]
+        reason = f"{mixed.why}, at {at}" if at else mixed.why
         if mixed.kind == "freeze":
             reading.freeze((label,), reason)
         else:

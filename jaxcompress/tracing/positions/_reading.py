@@ -21,11 +21,13 @@ class Places(NamedTuple):
         given: the operands.
         ins: the same, as the equation uses them: a constant has labels of its own in each use.
         outs: the results.
+        computes: whether it uses all of its operands; not where it takes parts of them.
     """
 
     given: tuple[Value, ...]
     ins: tuple[Value, ...]
     outs: tuple[Value, ...]
+    computes: bool = True
 
 
 class Reading:
@@ -71,6 +73,18 @@ class Reading:
         """A part of an axis is taken by place: layers may differ only if all have as much there."""
         if len(self._touched) > 1:
             self._parts.append((label, part))
+
+    def uses(self, atoms: np.ndarray) -> bool:
+        """Whether an equation does something with positions of these, beside leaving them out."""
+        wanted = np.zeros(self.atoms.count, bool)
+        wanted[atoms] = True
+        return any(
+            wanted[self.atoms.resolve(label)].any()
+            for places in self.plan.values()
+            for value in (*(places.ins if places.computes else ()), *places.outs)
+            for label in value.labels
+            if label.shape[1]
+        )
 
     def homes(self) -> dict[Location, np.ndarray]:
         """For each scan which atoms are met in there, and nowhere outside of it."""

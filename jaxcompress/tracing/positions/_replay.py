@@ -74,14 +74,14 @@ def _run(
     numbers = {at: (n.operand, n.value) for at, n in numbers.items() if n.value is not None}
     touched = set(numbers)
     for location, places in reading.plan.items():
-        if any(_changed(stays, values) for values in places):
+        if any(_changed(stays, values) for values in places[:3]):
             touched.add(location)
             # An equation with jaxprs inside is entered, whether or not one there changes.
             touched.add((*location, 0, -1))
 
     def equation(location, eqn, operands, given, run) -> Any:
         places = reading.plan[location]
-        before, after = ([stays.of(value) for value in side] for side in places[1:])
+        before, after = ([stays.of(value) for value in side] for side in (places.ins, places.outs))
         pairs = zip(operands, places.given, strict=True)
         if is_constant(places.given) and not eqn.effects:
             full = [_whole(x, value, stays) for x, value in pairs]

@@ -9,7 +9,7 @@ from jaxcompress.tracing.positions import _indexed_rules as indexed
 from jaxcompress.tracing.positions import _move_rules as moves
 from jaxcompress.tracing.positions import _product_rules as products
 from jaxcompress.tracing.positions._labels import whole
-from jaxcompress.tracing.positions._reading import Reading
+from jaxcompress.tracing.positions._reading import OUTSIDE, Reading
 from jaxcompress.tracing.positions._values import Labels, Value, fixed
 
 Rule = Callable[[Any, Sequence[Value], Reading, str], list[Labels]]
@@ -21,8 +21,10 @@ def relate(eqn: Any, ins: Sequence[Value], reading: Reading, why: str) -> list[L
     What there is no rule for stays as it is: all axes of its operands are frozen.
     """
     name = eqn.primitive.name
-    if name in ELEMENTWISE or name in TRANSCENDENTAL or name in ALIKE:
-        rule: Rule = _alike
+    if name in _RULES:
+        rule: Rule = _RULES[name]
+    elif name in ELEMENTWISE or name in TRANSCENDENTAL or name in ALIKE:
+        rule = _alike
     elif name in REDUCTIONS:
         rule = _reduced
     elif name in WINDOWS or name.startswith("select_and_"):
@@ -30,7 +32,7 @@ def relate(eqn: Any, ins: Sequence[Value], reading: Reading, why: str) -> list[L
     elif name.startswith("scatter"):
         rule = indexed.scattered
     else:
-        rule = _RULES.get(name, _fixed)
+        rule = _fixed
     return rule(eqn, ins, reading, why)
 
 
@@ -112,13 +114,24 @@ def _windows(eqn, ins, reading: Reading, why) -> list[Labels]:
 
 
 def _drawn(eqn, ins, reading: Reading, why) -> list[Labels]:
-    """Random numbers, of which some are left out: the keys stay."""
+    """Random numbers, of which some are left out: the same ones in all layers. The keys stay."""
     for value in ins:
         reading.freeze(value.labels, why)
     keys = len(ins[0].labels)
     shape = eqn.outvars[0].aval.shape
     drawn = tuple(reading.atoms.fresh(n) for n in shape[keys:])
+    reading.touch(OUTSIDE, drawn)
     return [(*fixed(shape[:keys]), *drawn)]
+
+
+def _collected(eqn, ins, reading: Reading, why) -> list[Labels]:
+    """Sums over named axes, and over those that a `vmap` of a name has left."""
+    gone = [d for d in eqn.params["axes"] if isinstance(d, int)]
+    found = []
+    for value in ins:
+        reading.freeze([value.labels[d] for d in gone], why)
+        found.append(tuple(label for d, label in enumerate(value.labels) if d not in gone))
+    return found
 
 
 def _barrier(eqn, ins, reading, why) -> list[Labels]:
@@ -138,6 +151,7 @@ _RULES: dict[str, Rule] = {
     "gather": indexed.gathered,
     "optimization_barrier": _barrier,
     "pad": moves.padded,
+    **dict.fromkeys(("psum", "psum_invariant", "pmax", "pmin"), _collected),
     "random_bits": _drawn,
     "reshape": moves.reshaped,
     "rev": moves.reversed_,

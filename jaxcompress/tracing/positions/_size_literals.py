@@ -79,10 +79,11 @@ def size_literal(
     """The number of a product or quotient that comes from a size, and what it is now.
 
     Of a sum over `n` entries it is a divisor `n`, `n ** 0.5`, `n ** 0.25` or `n - 1`, or a
-    factor that is the inverse of one. Of what is linear in weights it may also be a divisor
-    `d ** 0.5` or `d ** 0.25`, a factor that is the inverse of one, or `d ** 0.5`, from the size
-    `d` of one of its own axes; of the last one, where several have that size. A number is from
-    a size if it equals that power of it, to the rounding of its dtype.
+    factor that is the inverse of one; of a product with weights only the roots are. Of what is
+    linear in weights it may also be a divisor `d ** 0.5` or `d ** 0.25`, a factor that is the
+    inverse of one, or `d ** 0.5`, from the size `d` of one of its own axes; of the last one, where
+    several have that size. A number is from a size if it equals that power of it, to the rounding
+    of its dtype.
 
     Args:
         eqn: the equation, as traced.
@@ -102,7 +103,7 @@ def size_literal(
         if number is None or known[1 - i] is not None or abs(number) in (0.0, 1.0, math.inf):
             continue
         dtype, old = eqn.invars[i].aval.dtype, eqn.invars[1 - i].aval.shape
-        found = _sums(name, number, dtype, ins[1 - i].sums)
+        found = _sums(name, number, dtype, ins[1 - i])
         if ins[1 - i].linear and len(old) == len(shapes[1 - i]):
             axes = [Extent(*sizes) for sizes in zip(old, shapes[1 - i], strict=True)]
             found += _axes(name, number, dtype, axes)
@@ -122,8 +123,10 @@ def _decided(operand: int, number: float, found: list[tuple[Extent, _Form]]) -> 
     return Rescaled(operand, value, f"{number:g} comes from the size {sizes}: now {value:g}")
 
 
-def _sums(name, number, dtype, extents) -> list[tuple[Extent, _Form]]:
-    matched = [(extent, _form(number, dtype, extent.old, _OF_SUMS[name])) for extent in extents]
+def _sums(name, number, dtype, carried: Carried) -> list[tuple[Extent, _Form]]:
+    # Products with weights are no means: a number as large as the width is chance.
+    forms = [form for form in _OF_SUMS[name] if not carried.linear or abs(form.power) < 1]
+    matched = [(extent, _form(number, dtype, extent.old, forms)) for extent in carried.sums]
     return [(extent, form) for extent, form in matched if form is not None]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcompress import _check, tree
 from jaxcompress._types import PyTree
 from jaxcompress.tracing._jaxprs import is_array, trace
 from jaxcompress.tracing._sites import is_extra, require_function
@@ -37,7 +38,13 @@ def without_positions(
     require_function("shrink", fn)
     old = shapes_of(like)
 
+    expected = {
+        path: _small(leaf.shape, positions.get(path, {})) if is_array(leaf) else None
+        for path, leaf in tree.leaves_with_paths(old)
+    }
+
     def run(params: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+        _require(params, expected)
         traced = trace(fn, (stand_ins(old, params), *args), kwargs, parts=True)
         program = read_program(traced, rules)
         arrays = [leaf for leaf in jax.tree.leaves(params) if is_array(leaf)]
@@ -52,3 +59,22 @@ def without_positions(
         return traced.results(replayed.results)
 
     return run
+
+
+def _small(shape: tuple[int, ...], axes: Mapping[int, np.ndarray]) -> tuple[int, ...]:
+    """The shape of a leaf without what is gone."""
+    sizes = dict(enumerate(shape))
+    sizes |= {d: int(mask.sum(-1).max(initial=0)) for d, mask in axes.items()}
+    return tuple(sizes.values())
+
+
+def _require(params: PyTree, expected: Mapping[str, Any]) -> None:
+    leaves = tree.by_path("shrink", "params", params)
+    for path in dict.fromkeys((*expected, *leaves)):
+        leaf = leaves.get(path)
+        shape = tuple(np.shape(leaf)) if is_array(leaf) else None
+        if (path in leaves) == (path in expected) and shape == expected[path]:
+            continue
+        rule = "be the small ones that jc.shrink returned, or have their shapes"
+        got = "none" if path not in leaves else _check.describe(leaf)
+        raise ValueError(_check.message("shrink", "params", rule, got, path=path))

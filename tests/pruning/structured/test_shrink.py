@@ -208,7 +208,8 @@ def test_kept_sizes_are_those_of_the_masked_module_but_for_the_variance_of_two_p
     deps = jc.dependencies(apply, params, x)
     (inexact,) = [group for group in deps.groups if group.inexact]
     assert inexact.name == "params/Dense_0/kernel[1]"
-    assert "`reduce_sum` at Norms/LayerNorm_1" in inexact.inexact
+    assert inexact.inexact.startswith("reduce_sum over")
+    assert inexact.inexact.endswith("at Norms/LayerNorm_1")
     keep = half(deps)
     exact = jc.pruning.Keep(deps, {n: m for n, m in keep.masks.items() if n != inexact.name})
     small, fn = jc.shrink(apply, params, exact, x)

@@ -74,12 +74,23 @@ def test_two_ways_to_split_have_the_finest_common_one():
     assert possible(atoms, a) == products(4, 2, 3) == possible(atoms, b)
 
 
-def test_two_ways_to_split_that_do_not_fit_freeze():
+def test_two_ways_to_split_that_do_not_fit_leave_what_they_have_in_common():
+    """4 of 6 and 3 of 8: every other position of both."""
     atoms = Atoms()
     a, b = merge([atoms.fresh(4), atoms.fresh(6)]), merge([atoms.fresh(3), atoms.fresh(8)])
-    unify(atoms, a, b, "they don't fit")
-    assert possible(atoms, a) == {(True,) * 24}
-    assert set(atoms.reasons(a)) == {"they don't fit"}
+    unify(atoms, a, b, "test")
+    pairs = itertools.product((False, True), repeat=2)
+    assert possible(atoms, a) == {pair * 12 for pair in pairs} == possible(atoms, b)
+
+
+def test_groups_of_an_axis_that_was_joined():
+    """Features in 8 groups of 2, the second half of which are in 4 groups of 2 already."""
+    atoms = Atoms()
+    first, second = atoms.fresh(8), merge([atoms.fresh(4), atoms.fresh(2)])
+    groups, within = split(atoms, join([first, second]), (8, 2), "test")
+    assert possible(atoms, groups) == set(itertools.product((False, True), repeat=8))
+    assert possible(atoms, second) == products(4, 2) == possible(atoms, first)
+    assert np.array_equal(atoms.resolve(within), atoms.resolve(second[:2])[:, 1:])
 
 
 def test_a_merged_axis_that_meets_a_single_one_defines_it():
@@ -120,12 +131,12 @@ def test_pairs_of_rotary_embeddings():
     }
 
 
-def test_an_irregular_split_freezes():
+def test_an_irregular_split_ties_what_it_has_to():
     atoms = Atoms()
     axis = atoms.fresh(4)
     unify(atoms, axis[:1], axis[3:], "test")
     split(atoms, axis, (2, 2), "an odd reshape")
-    assert possible(atoms, axis) == {(True,) * 4}
+    assert possible(atoms, axis) == {(True,) * 4, (False,) * 4}
 
 
 @pytest.mark.parametrize("seed", range(12))
