@@ -119,9 +119,9 @@ def test_masks_made_by_hand_are_checked(masks, error, message):
 def test_the_small_function_says_that_params_are_the_large_ones():
     deps = jc.dependencies(mlp, PARAMS, normal(4, 6))
     small, run = jc.shrink(mlp, PARAMS, some_units(deps, deps.groups), normal(4, 6))
-    with pytest.raises(ValueError, match="shrink: `params` must be the small ones.* at 'a'"):
+    with pytest.raises(ValueError, match=r"shrink: `params` must be the small ones.* at 'a'"):
         run(PARAMS, normal(4, 6))
-    with pytest.raises(ValueError, match="shrink: `params` must be the small ones.* at 'o'"):
+    with pytest.raises(ValueError, match=r"shrink: `params` must be the small ones.* at 'o'"):
         run({"a": small["a"]}, normal(4, 6))
 
 
