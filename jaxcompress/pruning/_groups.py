@@ -116,7 +116,7 @@ def blocks(*shape: int, norm: Norm = l1) -> Groups:
     Source: Narang et al. 2017, arXiv:1711.02782; Gray et al. 2017, "GPU kernels for
     block-sparse weights".
     """
-    _require_norm("blocks", norm)
+    require_norm("blocks", norm)
     for i, size in enumerate(shape):
         _check.integer("blocks", f"shape[{i}]", size, 1)
     _check.integer("blocks", "len(shape)", len(shape), 1)
@@ -154,7 +154,7 @@ def slices(*axes: int, norm: Norm = l2) -> Groups:
 
     Source: Li et al. 2017, arXiv:1608.08710 (with `l1`); Wen et al. 2016, arXiv:1608.03665.
     """
-    _require_norm("slices", norm)
+    require_norm("slices", norm)
     _check.integer("slices", "len(axes)", len(axes), 1)
     for i, axis in enumerate(axes):
         _check.integer("slices", f"axes[{i}]", axis, -64)
@@ -195,7 +195,7 @@ def heads(
 
     Source: Michel et al. 2019, arXiv:1905.10650; Voita et al. 2019, arXiv:1905.09418.
     """
-    _require_norm("heads", norm)
+    require_norm("heads", norm)
     _check.integer("heads", "axis", axis, -64)
     if (size is None) == (number is None):
         got = f"size={size!r}, number={number!r}"
@@ -232,7 +232,7 @@ def whole(norm: Norm = mean) -> Groups:
         >>> jax.tree.map(lambda w: float(w.sum()), jc.compress(p, params))
         {'a': 0.0, 'b': 6.0}
     """
-    _require_norm("whole", norm)
+    require_norm("whole", norm)
     return Groups(lambda path, leaf: tuple(max(n, 1) for n in leaf), norm)
 
 
@@ -270,7 +270,8 @@ def _sizes(shape: tuple[int, ...], block: tuple[int, ...]) -> np.ndarray:
     return out
 
 
-def _require_norm(function: str, norm: Norm) -> None:
+def require_norm(function: str, norm: Norm) -> None:
+    """Refuses what is no function."""
     if not callable(norm):
         rule = "be a function, as jc.pruning.l2"
         raise TypeError(_check.message(function, "norm", rule, _check.describe(norm)))

@@ -59,7 +59,7 @@ def _require(keep: Any) -> None:
             )
             raise ValueError(_check.message("shrink", "keep", rule, f"one of {name!r}", fix))
         shape, got = groups[name].shape, _check.describe(mask)
-        if not jnp.issubdtype(getattr(mask, "dtype", None), np.bool_):
+        if getattr(getattr(mask, "dtype", None), "name", "") != "bool":
             raise TypeError(_check.message("shrink", "keep", "hold bools", got, path=name))
         if mask.shape != shape:
             rule = f"hold masks of the shape {list(shape)} of their group"

@@ -12,7 +12,7 @@ from jaxcompress import _check, _keys, tree
 from jaxcompress._dtypes import wide
 from jaxcompress._sharding import automatic, is_explicit
 from jaxcompress._types import PyTree
-from jaxcompress.pruning._groups import Norm, l2
+from jaxcompress.pruning._groups import Norm, l2, require_norm
 from jaxcompress.pruning._scores import RunningScore, magnitude
 from jaxcompress.pruning.structured._base import Dependencies, Group, Member
 
@@ -107,6 +107,7 @@ def unit_scores(
     al. 2017, arXiv:1708.06519. Differs from Torch-Pruning's group magnitude, the mean over the
     members of sums of squares: the order inside of a group is the same for the same leaves.
     """
+    require_norm("unit_scores", norm)
     counted = _scored(dependencies, params, score, leaves, grads, step)
     found = {}
     for group in dependencies.groups:

@@ -17,7 +17,7 @@ class AxisRule(NamedTuple):
         axes: `"b h t d, b h t d -> b h t d"`: a name for each axis of each operand and result,
             with blanks between the names and commas between the values. Axes of one name lose
             the same positions; those named `_` stay as they are. Along a name that no result
-            has, what is zero has to add nothing.
+            has, zeros in one of the operands have to add nothing.
         call: runs the operation on smaller values, and returns its result, or a tuple of its
             results. None: the operation itself runs on any sizes.
 
@@ -42,6 +42,7 @@ def relate_by(
     """The labels of the results by a rule of the user."""
     left, right = _sides(rule, eqn)
     known: dict[str, Label] = {}
+    zero: set[str] = set()
     kept = {name for names in right for name in names}
     for names, value in zip(left, ins, strict=True):
         for name, label, removed in zip(names, value.labels, value.removed, strict=True):
@@ -49,8 +50,11 @@ def relate_by(
                 reading.freeze((label,), why)
                 continue
             reading.unify(known.setdefault(name, label), label, why)
-            if name not in kept and removed != 0:
-                reading.notes.append((label, f"what is removed may not be zero, in {why}"))
+            if removed == 0:
+                zero.add(name)
+    # As in a product: what is summed over adds nothing where one operand is zero.
+    for name in known.keys() - kept - zero:
+        reading.notes.append((known[name], f"what is removed may not be zero, in {why}"))
     results = []
     for names, v in zip(right, eqn.outvars, strict=True):
         sizes = zip(names, v.aval.shape, strict=True)

@@ -71,8 +71,8 @@ def _small(shape: tuple[int, ...], axes: Mapping[int, np.ndarray]) -> tuple[int,
 def _require(params: PyTree, expected: Mapping[str, Any]) -> None:
     leaves = tree.by_path("shrink", "params", params)
     for path in dict.fromkeys((*expected, *leaves)):
-        leaf = leaves.get(path)
-        shape = tuple(np.shape(leaf)) if is_array(leaf) else None
+        leaf: Any = leaves.get(path)
+        shape = tuple(leaf.shape) if is_array(leaf) else None
         if (path in leaves) == (path in expected) and shape == expected[path]:
             continue
         rule = "be the small ones that jc.shrink returned, or have their shapes"

@@ -139,3 +139,27 @@ def test_global_pruning_that_grows_keeps_the_order_of_what_is_left():
     """Units that are gone don't lift those that are left above the ones of other groups."""
     scores = jnp.array([0.0, 0.0, 0.0, 3.0, 4.0, 5.0])
     np.testing.assert_allclose(jc.pruning.by_mean(scores)[3:], np.array([3.0, 4.0, 5.0]) / 4)
+
+
+def test_a_rule_for_a_product_is_exact_where_one_side_is_zero():
+    """Experts on sorted tokens, for which there is no rule of ours."""
+
+    def fn(p, x):
+        sizes = jnp.array([2, 2], jnp.int32)
+        hidden = jnp.tanh(jax.lax.ragged_dot(x, p["up"], sizes) + 1.0)
+        return jax.lax.ragged_dot(hidden, p["down"], sizes)
+
+    params = {"up": normal(2, 6, 8), "down": normal(2, 8, 3)}
+    x = normal(4, 6)
+    assert not jc.dependencies(fn, params, x).groups
+    rule = jc.pruning.AxisRule("t d, _ d f, _ -> t f")
+    (group,) = jc.dependencies(fn, params, x, rules={"ragged_dot_general": rule}).groups
+    assert (group.name, group.size, group.inexact) == ("up[2]", 8, None)
+
+
+def test_a_norm_or_rules_that_are_none_are_refused():
+    deps = jc.dependencies(mlp, PARAMS, normal(4, 6))
+    with pytest.raises(TypeError, match="unit_scores: `norm` must be a function"):
+        jc.select(deps, PARAMS, norm="l2")
+    with pytest.raises(TypeError, match="dependencies: `rules` must be None or AxisRules by name"):
+        jc.dependencies(mlp, PARAMS, normal(4, 6), rules={"tanh": "a -> a"})
