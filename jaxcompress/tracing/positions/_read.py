@@ -7,6 +7,7 @@ import jax.extend.core as jec
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.tracing._flops import ELEMENTWISE, TRANSCENDENTAL
 from jaxcompress.tracing._jaxprs import Body, Location, bodies, constant, run_equation, scope_of
 from jaxcompress.tracing._walk import join
 from jaxcompress.tracing.positions._labels import whole
@@ -66,10 +67,12 @@ def is_constant(values: Sequence[Value]) -> bool:
     return all(value.constant is not None for value in values)
 
 
-def _constant(reading: Reading, shape: tuple[int, ...], lazy: Any, known: Any = None) -> Value:
+def _constant(
+    reading: Reading, shape: tuple[int, ...], lazy: Any, known: Any = None, flat: Any = ()
+) -> Value:
     """A value that is the same whatever the arguments: its positions are free."""
     labels = tuple(reading.atoms.fresh(n) for n in shape)
-    return Value(labels, (known,) * len(shape), known, lazy)
+    return Value(labels, (known,) * len(shape), known, lazy, frozenset(flat))
 
 
 def _used(value: Value, reading: Reading) -> Value:
@@ -111,8 +114,23 @@ def _constants(jaxpr, eqn, given: Sequence[Value], reading: Reading) -> list[Val
         plain = jnp.issubdtype(aval.dtype, jnp.number) or aval.dtype == bool
         if number is None and aval.shape == () and plain and not isinstance(v, jec.DropVar):
             number = np.asarray(lazy())[()]
-        found.append(_constant(reading, aval.shape, lazy, number))
+        flat = _flat(eqn, given) if number is None else range(len(aval.shape))
+        found.append(_constant(reading, aval.shape, lazy, number, flat))
     return found
+
+
+def _flat(eqn: Any, given: Sequence[Value]) -> set[int]:
+    """Axes along which the result of constants does not vary: it was repeated along them."""
+    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+    if name == "broadcast_in_dim":
+        (value,), at = given, eqn.params["broadcast_dimensions"]
+        pairs = list(zip(at, value.labels, strict=True))
+        varying = {d for d, label in pairs if len(label) == shape[d] > 1}
+        return set(range(len(shape))) - (varying - {at[i] for i in value.flat})
+    if name in ELEMENTWISE or name in TRANSCENDENTAL or name in _CASTS:
+        whole = [value for value in given if len(value.labels) == len(shape)]
+        return set(range(len(shape))).intersection(*(value.flat for value in whole))
+    return set()
 
 
 def _by_rule(eqn, given, reading: Reading, why: str, loop: Location) -> list[Value]:
@@ -214,7 +232,7 @@ def _entering(body: Body, j: int, value: Value, spec, reading: Reading, location
     if j in body.sliced:
         reading.freeze(value.labels[:1], f"one for each trip of {why}")
         source = value.source and (value.source[0], (*value.source[1], location))
-        return Value(value.labels[1:], value.removed[1:], value.known, None, source)
+        return Value(value.labels[1:], value.removed[1:], value.known, None, source=source)
     if not constant(body, j):
         if value.source is not None:
             reading.stacks.setdefault(value.source[0], set()).add(())

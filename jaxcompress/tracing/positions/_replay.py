@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jec
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.tracing._custom import CUSTOM, Side, rebind
 from jaxcompress.tracing._interpret import Hooks, interpret
@@ -90,7 +91,7 @@ def _run(
         operands = [
             x
             if value.constant is None or value is use
-            else take_positions(_whole(x, value, stays), masks)
+            else take_positions(_whole(x, value, stays), _first(masks, value))
             for (x, value), use, masks in zip(pairs, places.ins, before, strict=True)
         ]
         if name_of(eqn) in reading.rules:
@@ -129,6 +130,14 @@ def _by_rule(rule: AxisRule, jaxpr: Any, eqn: Any, operands: Sequence[Any]) -> S
 
 def _changed(stays: Kept, values: Sequence[Value]) -> bool:
     return any(mask is not None for value in values for mask in stays.of(value))
+
+
+def _first(masks: Masks, value: Value) -> Masks:
+    """The same, but the first positions where it makes no difference: a slice, not a gather."""
+    return tuple(
+        np.arange(len(mask)) < mask.sum() if mask is not None and d in value.flat else mask
+        for d, mask in enumerate(masks)
+    )
 
 
 def _whole(x: Any, value: Value, stays: Kept) -> Any:

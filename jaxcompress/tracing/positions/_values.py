@@ -23,6 +23,7 @@ class Value(NamedTuple):
             one does and all parameters are zero there; None where none is known.
         known: the number that stands everywhere; None where none is known.
         constant: gives the value, where it depends on no argument; else None.
+        flat: axes along which a constant is known not to vary.
         source: the argument that it is, perhaps cast, or a slice of, in scans at these locations.
     """
 
@@ -30,6 +31,7 @@ class Value(NamedTuple):
     removed: tuple[float | None, ...]
     known: Any = None
     constant: Callable[[], Any] | None = None
+    flat: frozenset[int] = frozenset()
     source: tuple[int, tuple[Location, ...]] | None = None
 
 

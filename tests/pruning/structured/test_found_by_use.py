@@ -163,3 +163,20 @@ def test_a_norm_or_rules_that_are_none_are_refused():
         jc.select(deps, PARAMS, norm="l2")
     with pytest.raises(TypeError, match="dependencies: `rules` must be None or AxisRules by name"):
         jc.dependencies(mlp, PARAMS, normal(4, 6), rules={"tanh": "a -> a"})
+
+
+def test_a_mask_that_is_repeated_over_heads_is_sliced_not_gathered():
+    """Gathers of large constants are folded by XLA, which takes long."""
+
+    def fn(p, x):
+        scores = jnp.einsum("td,dh,sd->hts", x, p["a"], x)
+        causal = jnp.tril(jnp.ones((4, 4), bool))
+        scores = jnp.where(causal[None], scores, jnp.full_like(scores, -1e9))
+        return jnp.einsum("hts,sd,h->td", jax.nn.softmax(scores, -1), x, p["b"])
+
+    params, x = {"a": normal(6, 8), "b": normal(8)}, normal(4, 6)
+    deps = exact(fn, params, x)
+    small, run = jc.shrink(fn, params, some_units(deps, deps.groups), x)
+    program = str(jax.make_jaxpr(run)(small, x))
+    assert "bool[4,4,4]" in program
+    assert "gather" not in program
