@@ -65,7 +65,8 @@ def _require(keep: Any) -> None:
             rule = f"hold masks of the shape {list(shape)} of their group"
             raise ValueError(_check.message("shrink", "keep", rule, got, path=name))
         counts = np.unique(np.sum(mask, -1))
-        if len(counts) > 1 or counts[0] == 0:
+        # Of layers that are left out the units don't matter.
+        if counts[0] == 0 or (len(counts) > 1 and not keep.blocks):
             rule = "keep a unit of each group at least, and as many in each layer"
             got = f"{counts.tolist()} units"
             raise ValueError(_check.message("shrink", "keep", rule, got, path=name))

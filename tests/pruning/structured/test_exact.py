@@ -117,7 +117,8 @@ def test_gradients_of_what_stays(name):
 
     got = jax.jit(jax.grad(functools.partial(loss, fn)))(small)
     want = jax.jit(jax.grad(functools.partial(loss, model.apply)))(masked(model.params, keep))
-    assert_close(got, cut(want, keep), 2e-5)
+    # A bias before a batch norm has no gradient: what is there are roundings of sums that cancel.
+    assert_close(got, cut(want, keep), 2e-5, floor=0.1)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -246,7 +246,7 @@ def test_layers_of_a_scan_lose_their_own_units():
         )
     several = shrink_like({"up": jnp.stack([params["up"]] * 2)}, keep)["up"]
     np.testing.assert_array_equal(several[1], small["up"])
-    with pytest.raises(ValueError, match="as many units in each layer"):
+    with pytest.raises(ValueError, match="as many in each layer"):
         shrink_like(
             params, keep_of(params, [("up", 2, units)], mask | (np.arange(3) == 1)[:, None], (3,))
         )
@@ -446,8 +446,11 @@ def test_what_is_no_choice_is_refused():
 
 
 def test_nothing_left_and_empty_trees():
-    keep = keep_of(PARAMS, [("a/kernel", 1, np.arange(16))], np.zeros(16, bool))
-    assert shrink_like(PARAMS, keep)["a"]["kernel"].shape == (8, 0)
+    nothing = keep_of(PARAMS, [("a/kernel", 1, np.arange(16))], np.zeros(16, bool))
+    with pytest.raises(ValueError, match="must keep a unit of each group at least"):
+        shrink_like(PARAMS, nothing)
+    keep = keep_of(PARAMS, [("a/kernel", 1, np.arange(16))], np.arange(16) < 1)
+    assert shrink_like(PARAMS, keep)["a"]["kernel"].shape == (8, 1)
     assert shrink_like((), keep) == ()
     assert shrink_like(optax.EmptyState(), keep) == optax.EmptyState()
 

@@ -59,7 +59,7 @@ def test_shapes_are_those_of_cut_arrays(case, overlap):
 def test_uneven_layers_are_refused():
     _, deps = scan_case(hidden=5)
     mask = np.array([[1, 1, 0, 0, 0]] * 2 + [[1, 0, 0, 0, 0]], bool)
-    with pytest.raises(ValueError, match=r"as many positions in each layer.*stack/up"):
+    with pytest.raises(ValueError, match=r"as many in each layer.*stack/up"):
         kept_shapes(Keep(deps, {"stack/up[2]": mask}))
 
 
