@@ -8,17 +8,18 @@ import numpy as np
 from jaxcompress.tracing.positions._atoms import Label
 from jaxcompress.tracing.positions._labels import split, whole
 from jaxcompress.tracing.positions._reading import OUTSIDE, Reading
-from jaxcompress.tracing.positions._values import Labels, Value
+from jaxcompress.tracing.positions._values import Labels, Value, numbers_of
 
 
 def along_constant(label: Label, size: int, start: Value, reading: Reading, why: str) -> Label:
     """`size` positions of an axis from a number on; all of it stays where that is unknown."""
     if size == len(label):
         return label
-    if start.constant is None:
+    at = numbers_of(start)
+    if at is None:
         reading.freeze((label,), why)
         return whole(size)
-    first = int(np.clip(int(start.constant()), 0, len(label) - size))
+    first = int(np.clip(int(at), 0, len(label) - size))
     part = label[first : first + size]
     reading.cut(label, part)
     return part
@@ -70,9 +71,8 @@ def gathered(eqn: Any, ins: Any, reading: Reading, why: str) -> list[Labels]:
 def _chosen(indices: Value, mapped: Sequence[int], batch: int) -> tuple[list[int], Any]:
     """The sizes of the batch of indices, and the indices where they are known and of one axis."""
     sizes = [len(x) for x in indices.labels[:batch]]
-    if len(mapped) != 1 or indices.constant is None:
-        return sizes, None
-    return sizes, np.asarray(indices.constant()).reshape(-1)
+    known = numbers_of(indices) if len(mapped) == 1 else None
+    return sizes, None if known is None else known.reshape(-1)
 
 
 def _places(eqn, numbers, ins, chosen, gone) -> dict[int, Any] | None:

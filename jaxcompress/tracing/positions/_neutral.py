@@ -52,7 +52,7 @@ def neutral(
     rule = _RULES.get(eqn.primitive.name)
     try:
         return [] if rule is None else rule(eqn, ins)
-    except Exception as error:  # A parameter of another JAX.
+    except (AttributeError, KeyError) as error:  # A parameter of another JAX.
         why = f"{eqn.primitive.name} can't be read ({type(error).__name__})"
         return [
             Mixed(i, d, "freeze", why)

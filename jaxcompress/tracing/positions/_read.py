@@ -7,6 +7,7 @@ import jax.extend.core as jec
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import _check
 from jaxcompress.tracing._flops import ELEMENTWISE, TRANSCENDENTAL
 from jaxcompress.tracing._jaxprs import Body, Location, bodies, constant, run_equation, scope_of
 from jaxcompress.tracing._walk import join
@@ -24,9 +25,7 @@ _CASTS = frozenset("convert_element_type copy copy_p reduce_precision sharding_c
 
 def read(jaxpr: Any, consts: Sequence[Any], ins: Sequence[Value], reading: Reading) -> list[Value]:
     """The values of the results; what the equations say of all positions goes to `reading`."""
-    reading.consts = [
-        _constant(reading, np.shape(array), Lazy(lambda array=array: array)) for array in consts
-    ]
+    reading.consts = [_constant(reading, np.shape(array), _given(array)) for array in consts]
     return _read(jaxpr, reading.consts, ins, reading, (), "", OUTSIDE)
 
 
@@ -109,11 +108,12 @@ def _constants(jaxpr, eqn, given: Sequence[Value], reading: Reading) -> list[Val
     found = []
     for k, v in enumerate(eqn.outvars):
         aval: Any = v.aval
-        lazy = Lazy(lambda k=k: result(k))
+        lazy = Lazy(lambda k=k: result(k), all(v.constant and v.constant.known for v in given))
         number = numbers[k] if k < len(numbers) else None
         plain = jnp.issubdtype(aval.dtype, jnp.number) or aval.dtype == bool
-        if number is None and aval.shape == () and plain and not isinstance(v, jec.DropVar):
-            number = np.asarray(lazy())[()]
+        scalar = aval.shape == () and plain and not isinstance(v, jec.DropVar)
+        if number is None and scalar and lazy.known:
+            number = lazy()[()]
         flat = _flat(eqn, given) if number is None else range(len(aval.shape))
         found.append(_constant(reading, aval.shape, lazy, number, flat))
     return found
@@ -223,8 +223,12 @@ def _settled(body: Body, entering, reading: Reading, here, scope, loop, why) -> 
 
 def _held(array: Any) -> Value:
     """An array inside of a program: it stays as it is."""
-    lazy = Lazy(lambda: array)
-    return Value(fixed(np.shape(array)), (None,) * np.ndim(array), None, lazy)
+    return Value(fixed(np.shape(array)), (None,) * np.ndim(array), None, _given(array))
+
+
+def _given(array: Any) -> Lazy:
+    """An array that a program closes over."""
+    return Lazy(lambda: array, not _check.is_traced(array))
 
 
 def _entering(body: Body, j: int, value: Value, spec, reading: Reading, location, why) -> Value:

@@ -54,7 +54,7 @@ def removed_values(
             return _pointwise(eqn, ins, known)
         rule = _RULES.get(name)
         outs = nothing if rule is None else rule(eqn, ins, known)
-    except Exception:  # A parameter of another JAX: nothing is known then.
+    except (AttributeError, KeyError):  # A parameter of another JAX: nothing is known then.
         return nothing
     shapes = [v.aval.shape for v in eqn.outvars]
     fit = [len(axes) for axes in outs] == [len(shape) for shape in shapes]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress import _check
 from jaxcompress.tracing._flops import ELEMENTWISE, TRANSCENDENTAL
 
 Constant = float | None
@@ -26,17 +27,18 @@ SAME = frozenset(
 
 def scalar(x: Any) -> Constant:
     """A number as a constant; None for what is none, or too long for a float."""
-    if x is None or not hasattr(x, "__float__"):
+    if not isinstance(x, bool | int | float) and not hasattr(x, "dtype"):
+        return None
+    dtype = getattr(x, "dtype", np.dtype(type(x)))
+    number = jnp.issubdtype(dtype, jnp.number) and not jnp.issubdtype(dtype, jnp.complexfloating)
+    if not (number or dtype == np.bool_) or _check.is_traced(x) or np.ndim(x) != 0:
         return None
     try:
-        if np.ndim(x) != 0 or jnp.issubdtype(np.result_type(x), np.complexfloating):
-            return None
-        number = float(x)
-        if isinstance(x, int | np.integer) and int(number) != int(x):
-            return None
-    except Exception:  # Tracers and arrays of keys have no number, and say so in many ways.
+        found = float(x)
+    except OverflowError:
         return None
-    return number
+    exact = not jnp.issubdtype(dtype, jnp.integer) or int(found) == int(x)
+    return found if exact else None
 
 
 def agree(constants: Sequence[Constant]) -> Constant:
@@ -66,7 +68,7 @@ def pointwise(eqn: Any, constants: Sequence[Constant]) -> Constant:
             params = tuple((k, None if k == "sharding" else p) for k, p in eqn.params.items())
             # By their text: 0.0 and -0.0 are equal, and NaN is not equal to itself.
             return _computed(eqn.primitive, params, tuple(map(repr, constants)), dtypes)
-        except Exception:  # Parameters without a hash, dtypes without numbers.
+        except TypeError:  # Parameters without a hash, dtypes without numbers.
             return None
     if name == "mul" and 0.0 in constants:
         return 0.0
@@ -84,7 +86,8 @@ def pointwise(eqn: Any, constants: Sequence[Constant]) -> Constant:
 
 @functools.lru_cache(maxsize=4096)
 def _computed(primitive: Any, params: Any, constants: tuple[str, ...], dtypes: Any) -> Constant:
-    values = [np.asarray(float(c)).astype(d) for c, d in zip(constants, dtypes, strict=True)]
+    with np.errstate(all="ignore"):
+        values = [np.asarray(float(c)).astype(d) for c, d in zip(constants, dtypes, strict=True)]
     quiet = jax.transfer_guard("allow"), jax.debug_nans(False), jax.debug_infs(False)
     with jax.ensure_compile_time_eval(), quiet[0], quiet[1], quiet[2]:
         result = primitive.bind(*values, **dict(params))

@@ -19,7 +19,7 @@ from jaxcompress.tracing.positions._rerun import rerun
 from jaxcompress.tracing.positions._rescaled import rescaled
 from jaxcompress.tracing.positions._taken import Masks, take_positions
 from jaxcompress.tracing.positions._user_rules import AxisRule, name_of
-from jaxcompress.tracing.positions._values import Value
+from jaxcompress.tracing.positions._values import Value, numbers_of
 
 _INDEXED = frozenset(("gather", "dynamic_slice", "dynamic_update_slice"))
 
@@ -109,7 +109,7 @@ def _run(
             invars[operand] = jec.Var(jax.typeof(operands[operand]))
             eqn = eqn.replace(invars=invars)
         indexed = eqn.primitive.name in _INDEXED or eqn.primitive.name.startswith("scatter")
-        constants = [x.constant() if indexed and x.constant else None for x in places.ins]
+        constants = [numbers_of(x) if indexed else None for x in places.ins]
         return rerun(traced.jaxpr, eqn, operands, before, after, constants), {}
 
     consts = [

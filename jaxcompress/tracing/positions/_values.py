@@ -14,6 +14,34 @@ from jaxcompress.tracing.positions._labels import whole
 Labels = tuple[Label, ...]
 
 
+class Lazy:
+    """A value that depends on no argument, computed when it is asked for, once.
+
+    Attributes:
+        known: whether the numbers are known now: not where it depends on what is traced outside
+            of the function, which closes over it.
+    """
+
+    def __init__(self, compute: Callable[[], Any], known: bool = True) -> None:
+        self.known = known
+        self._compute: Callable[[], Any] | None = compute
+        self._value: Any = None
+
+    def __call__(self) -> Any:
+        """The value, on the host where it can be; keys of random numbers stay as they are."""
+        if self._compute is not None:
+            self._value, self._compute = self._computed(self._compute), None
+        return self._value
+
+    def _computed(self, compute: Callable[[], Any]) -> Any:
+        if not self.known:
+            return compute()
+        with jax.ensure_compile_time_eval():
+            value = compute()
+        extended = jnp.issubdtype(value.dtype, jax.dtypes.extended)
+        return value if extended else np.asarray(value)
+
+
 class Value(NamedTuple):
     """A value of a program.
 
@@ -30,7 +58,7 @@ class Value(NamedTuple):
     labels: Labels
     removed: tuple[float | None, ...]
     known: Any = None
-    constant: Callable[[], Any] | None = None
+    constant: Lazy | None = None
     flat: frozenset[int] = frozenset()
     source: tuple[int, tuple[Location, ...]] | None = None
 
@@ -49,21 +77,9 @@ def literal(number: Any) -> Value:
     """A number that stands in the program."""
     shape = np.shape(number)
     known = number if shape == () else None
-    return Value(fixed(shape), (None,) * len(shape), known, lambda: number)
+    return Value(fixed(shape), (None,) * len(shape), known, Lazy(lambda: np.asarray(number)))
 
 
-class Lazy:
-    """A value that is computed when it is asked for, once."""
-
-    def __init__(self, compute: Callable[[], Any]) -> None:
-        self._compute: Callable[[], Any] | None = compute
-        self._value: Any = None
-
-    def __call__(self) -> Any:
-        """The value, on the host where it can be; keys of random numbers stay as they are."""
-        if self._compute is not None:
-            with jax.ensure_compile_time_eval():
-                value = self._compute()
-            extended = jnp.issubdtype(value.dtype, jax.dtypes.extended)
-            self._value, self._compute = value if extended else np.asarray(value), None
-        return self._value
+def numbers_of(value: Value) -> Any:
+    """The numbers of a constant, where they are known now; else None."""
+    return value.constant() if value.constant is not None and value.constant.known else None

@@ -180,3 +180,42 @@ def test_a_mask_that_is_repeated_over_heads_is_sliced_not_gathered():
     program = str(jax.make_jaxpr(run)(small, x))
     assert "bool[4,4,4]" in program
     assert "gather" not in program
+
+
+def test_values_that_are_traced_around_the_function():
+    """A temperature and a mask that a `jit` and a `vmap` around it trace, closed over."""
+    x, masks = normal(4, 6), jnp.arange(8.0)
+
+    def closing(temperature, mask):
+        def fn(p, x):
+            hidden = jax.nn.relu(x @ p["a"]) * mask[None]
+            return hidden @ p["o"] * jnp.exp(temperature)
+
+        return fn
+
+    plain = closing(jnp.float32(0.5), masks)
+    deps = jc.dependencies(plain, PARAMS, x)
+    keep = some_units(deps, deps.groups)
+
+    def run(temperature, mask):
+        small, fn = jc.shrink(closing(temperature, mask), PARAMS, keep, x)
+        return fn(small, x)
+
+    want = plain(masked(PARAMS, keep), x)
+    assert_close(jax.jit(run)(jnp.float32(0.5), masks), want)
+    swept = jax.vmap(run, (0, None))(jnp.array([0.0, 0.5]), masks)
+    assert_close(swept[1], want)
+
+
+def test_places_that_are_traced_around_the_function():
+    """What they point at stays; of the places themselves some may leave."""
+    def closing(at):
+        return lambda p, x: (jax.nn.relu(x @ p["a"]))[:, at] @ p["o"]
+
+    def names(at):
+        return [group.name for group in jc.dependencies(closing(at), PARAMS, normal(4, 6)).groups]
+
+    found = []
+    jax.jit(lambda at: (found.append(names(at)), at)[1])(jnp.arange(8)[::-1])
+    assert names(jnp.arange(8)[::-1]) == ["a[1]"]
+    assert found == [["o[0]"]]
