@@ -10,7 +10,7 @@ import optax
 
 from jaxcompress import _check, tree
 from jaxcompress._sharding import place_like
-from jaxcompress._types import Numeric
+from jaxcompress._types import Numeric, PyTree
 from jaxcompress.projections._base import hide, show
 from jaxcompress.projections._land import apply, land, wide
 from jaxcompress.projections._numbers import number_at
@@ -102,10 +102,7 @@ def proximal(
     def update(updates, state, params=None, **extra):
         del extra
         _require_params("proximal", params)
-        is_none = lambda x: x is None  # noqa: E731
-        params = jax.tree.map(
-            lambda u, w: None if u is None else w, updates, params, is_leaf=is_none
-        )
+        params = with_updates(params, updates)
         mask = tree.select(params, where, function="proximal")
         before, moves = hide(params, mask), hide(updates, mask)
         amount = number_at(strength, state.step)
@@ -125,20 +122,34 @@ def proximal(
             return land(before, tree.map_arrays_with_path(leaf, apply(before, moves)))
 
         def plain():
-            return jax.tree.map(lambda u, w: place_like(u.astype(wide(w.dtype)), w), moves, before)
+            return as_landed(moves, before)
 
-        if _is_one(period):
-            landed = stepped()
-        else:
-            length = jnp.maximum(number_at(period, state.step).astype(jnp.int32), 1)
-            landed = jax.lax.cond((state.step + 1) % length == 0, stepped, plain)
+        landed = in_period(period, state.step, stepped, plain)
         return show(updates, landed), ProximalState(state.step + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_one(period: Numeric) -> bool:
-    return isinstance(period, (int, float)) and period == 1
+def with_updates(params: PyTree, updates: PyTree) -> PyTree:
+    """The params, None where the update is."""
+    return jax.tree.map(
+        lambda u, w: None if u is None else w, updates, params, is_leaf=lambda x: x is None
+    )
+
+
+def as_landed(updates: PyTree, params: PyTree) -> PyTree:
+    """Updates as they are, of the types of those that land on a constraint."""
+    return jax.tree.map(lambda u, w: place_like(u.astype(wide(w.dtype)), w), updates, params)
+
+
+def in_period(
+    period: Numeric, step: jax.Array, stepped: Callable[[], PyTree], plain: Callable[[], PyTree]
+) -> PyTree:
+    """`stepped()` at every `period`-th update, else `plain()`."""
+    if isinstance(period, (int, float)) and period == 1:
+        return stepped()
+    length = jnp.maximum(number_at(period, step).astype(jnp.int32), 1)
+    return jax.lax.cond((step + 1) % length == 0, stepped, plain)
 
 
 def _takes_path(operator: Operator) -> bool:

@@ -61,12 +61,7 @@ def restricted(
     inner_optimizer = _optimizer("restricted", optimizer)
 
     def init(params):
-        structure = _first(projection, params)
-        keep = jax.tree.leaves(kept_by(projection, params, structure))
-        if keep and all(k is True for k in keep):
-            rule, got = "drop entries", "one that drops none"
-            fix = "Pass jc.prune or jc.pruning.from_masks."
-            raise ValueError(_check.message("restricted", "projection", rule, got, fix))
+        structure = dropping("restricted", projection, params, "jc.prune or jc.pruning.from_masks")
         return RestrictedState(_zero(), inner_optimizer.init(params), structure)
 
     def update(updates, state, params=None, **extra):
@@ -95,3 +90,13 @@ def _within(updates: PyTree, keep: PyTree) -> PyTree:
         return u if u is None or k is True else jnp.where(k, u, jnp.zeros_like(u))
 
     return jax.tree.map(leaf, updates, keep, is_leaf=lambda x: x is None)
+
+
+def dropping(function: str, projection: Projection, params: PyTree, instead: str) -> PyTree:
+    """The first structure of a projection that drops entries; one that drops none is refused."""
+    structure = _first(projection, params)
+    keep = jax.tree.leaves(kept_by(projection, params, structure))
+    if keep and all(k is True for k in keep):
+        rule, got = "drop entries", "one that drops none"
+        raise ValueError(_check.message(function, "projection", rule, got, f"Pass {instead}."))
+    return structure

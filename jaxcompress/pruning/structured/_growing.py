@@ -11,7 +11,8 @@ from jaxcompress._types import ArrayLike, PyTree
 from jaxcompress.projections import Projection, kept_by
 from jaxcompress.projections._combine import _require_projection
 from jaxcompress.projections._land import wide
-from jaxcompress.projections._optax import _first, _require_params
+from jaxcompress.projections._optax import _require_params
+from jaxcompress.projections._restrict import dropping
 
 
 class GrowingState(NamedTuple):
@@ -76,12 +77,8 @@ def growing_regularization(
     _check.number("growing_regularization", "ceiling", ceiling, 0)
 
     def init(params):
-        structure = _first(projection, params)
-        keep = jax.tree.leaves(kept_by(projection, params, structure))
-        if keep and all(k is True for k in keep):
-            rule, got = "drop entries", "one that drops none"
-            fix = "Pass jc.pruning.prune_groups or jc.prune."
-            raise ValueError(_check.message("growing_regularization", "projection", rule, got, fix))
+        instead = "jc.pruning.prune_groups or jc.prune"
+        structure = dropping("growing_regularization", projection, params, instead)
         return GrowingState(jnp.zeros((), jnp.int32), structure)
 
     def update(updates, state, params=None, **extra):

@@ -8,12 +8,12 @@ import optax
 
 from jaxcompress import _check, tree
 from jaxcompress._dtypes import wide
-from jaxcompress._sharding import automatic_like, place_like
+from jaxcompress._sharding import automatic_like
 from jaxcompress._types import ArrayLike, Numeric, PyTree
 from jaxcompress.projections import ProximalState, number_at
 from jaxcompress.projections._land import apply, land
-from jaxcompress.projections._land import wide as wide_dtype
 from jaxcompress.projections._optax import _require_params
+from jaxcompress.projections._proximal import as_landed, in_period, with_updates
 from jaxcompress.pruning.structured._base import Dependencies
 from jaxcompress.pruning.structured._leaves import (
     member_leaves,
@@ -164,10 +164,7 @@ def proximal_groups(
     def update(updates, state, params=None, **extra):
         del extra
         _require_params("proximal_groups", params)
-        is_none = lambda x: x is None  # noqa: E731
-        params = jax.tree.map(
-            lambda u, w: None if u is None else w, updates, params, is_leaf=is_none
-        )
+        params = with_updates(params, updates)
         mine = set(member_leaves("proximal_groups", dependencies, params))
         amount = number_at(strength, state.step)
         options = {"strengths": given, "by_size": by_size}
@@ -177,15 +174,9 @@ def proximal_groups(
             return land(params, soft_threshold_units(dependencies, moved, amount, **options))
 
         def plain():
-            return jax.tree.map(
-                lambda u, w: place_like(u.astype(wide_dtype(w.dtype)), w), updates, params
-            )
+            return as_landed(updates, params)
 
-        if isinstance(period, (int, float)) and period == 1:
-            landed = stepped()
-        else:
-            length = jnp.maximum(number_at(period, state.step).astype(jnp.int32), 1)
-            landed = jax.lax.cond((state.step + 1) % length == 0, stepped, plain)
+        landed = in_period(period, state.step, stepped, plain)
         # What no group has a part in gets its update as it came.
         out = tree.map_with_path(lambda path, u, new: new if path in mine else u, updates, landed)
         return out, ProximalState(state.step + 1)
