@@ -69,8 +69,11 @@ def shrink_module(module: Any, keep: Keep, *args: Any, method: str = "__call__")
 
 def _close(a: Any, b: Any) -> bool:
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(
-        np.allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=1e-3, atol=1e-3)
-        for x, y in pairs
-        if jnp.issubdtype(x.dtype, jnp.floating)
-    )
+    return all(_as_near(x, y) for x, y in pairs if jnp.issubdtype(x.dtype, jnp.floating))
+
+
+def _as_near(x: Any, y: Any) -> bool:
+    """Equal to half of the digits of their dtype, relative to the largest number."""
+    near = float(jnp.finfo(x.dtype).eps) ** 0.5
+    x, y = (np.asarray(v, np.float64) for v in (x, y))
+    return bool(np.allclose(x, y, rtol=0, atol=near * np.abs(y).max(initial=0.0), equal_nan=True))

@@ -64,12 +64,20 @@ def _require(keep: Any) -> None:
         if mask.shape != shape:
             rule = f"hold masks of the shape {list(shape)} of their group"
             raise ValueError(_check.message("shrink", "keep", rule, got, path=name))
-        counts = np.unique(np.sum(mask, -1))
-        # Of layers that are left out the units don't matter.
-        if counts[0] == 0 or (len(counts) > 1 and not keep.blocks):
+        counts = np.unique(np.sum(_of_layers_left(mask, groups[name], keep), -1))
+        if 0 in counts or len(counts) > 1:
             rule = "keep a unit of each group at least, and as many in each layer"
             got = f"{counts.tolist()} units"
             raise ValueError(_check.message("shrink", "keep", rule, got, path=name))
+
+
+def _of_layers_left(mask: np.ndarray, group: Group, keep: Keep) -> np.ndarray:
+    """The mask of the layers that are not left out: those of others don't matter."""
+    paths = {member.path for member in group.members}
+    for gone in keep.blocks:
+        if gone.stays and group.layers and not paths.isdisjoint(gone.block.leaves):
+            mask = mask[np.asarray(gone.stays)]
+    return mask
 
 
 def along(factor: Any, axis: int, ndim: int) -> Any:

@@ -29,12 +29,10 @@ def gathered(eqn: Any, ins: Any, reading: Reading, why: str) -> list[Labels]:
     """Slices of a table: its windows keep their positions, what indices point at stays."""
     p, numbers = eqn.params, eqn.params["dimension_numbers"]
     table, indices = ins[0].labels, ins[1].labels
-    batched = dict(
-        zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+    batched = _batched(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, ins, reading, why
     )
     gone = (*numbers.collapsed_slice_dims, *batched)
-    for d, i in batched.items():
-        reading.unify(table[d], indices[i], why)
     rest, chosen = _chosen(ins[1], numbers.start_index_map, len(indices) - 1)
     places = _places(eqn, numbers, ins, chosen, gone)
     found: list[Label | None] = [None] * len(eqn.outvars[0].aval.shape)
@@ -68,6 +66,13 @@ def gathered(eqn: Any, ins: Any, reading: Reading, why: str) -> list[Labels]:
     return [tuple(x for x in found if x is not None)]
 
 
+def _batched(of_table: Sequence[int], of_indices: Sequence[int], ins, reading: Reading, why: str):
+    """The axes of a table that have an index of their own for each position, and theirs."""
+    for d, i in zip(of_table, of_indices, strict=True):
+        reading.unify(ins[0].labels[d], ins[1].labels[i], why)
+    return tuple(of_table)
+
+
 def _chosen(indices: Value, mapped: Sequence[int], batch: int) -> tuple[list[int], Any]:
     """The sizes of the batch of indices, and the indices where they are known and of one axis."""
     sizes = [len(x) for x in indices.labels[:batch]]
@@ -93,12 +98,10 @@ def scattered(eqn: Any, ins: Any, reading: Reading, why: str) -> list[Labels]:
     """Updates of a table at indices: as `gathered`, the other way round."""
     numbers = eqn.params["dimension_numbers"]
     table, indices, updates = (value.labels for value in ins)
-    batched = dict(
-        zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True)
+    batched = _batched(
+        numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, ins, reading, why
     )
     gone = (*numbers.inserted_window_dims, *batched)
-    for d, i in batched.items():
-        reading.unify(table[d], indices[i], why)
     rest, chosen = _chosen(ins[1], numbers.scatter_dims_to_operand_dims, len(indices) - 1)
     windows = [d for d in range(len(table)) if d not in gone]
     for d, at in zip(windows, numbers.update_window_dims, strict=True):
