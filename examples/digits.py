@@ -116,6 +116,17 @@ def parser(doc: str, methods: Sequence[str]) -> argparse.ArgumentParser:
     return made
 
 
+def options_of(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of a study that was called, which writes into a file or only tries."""
+    made.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results.json"))
+    made.add_argument("--quick", action="store_true", help="20 steps of 2 seeds")
+    options = made.parse_args()
+    if options.quick:
+        options.steps, options.seeds = 20, [0, 1]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    return options
+
+
 def table(found: dict[str, np.ndarray], first: str, columns: Sequence[str]) -> Table:
     """Mean and standard error over the seeds, the last axis, in percent."""
     made = Table(title="test accuracy, %: mean and standard error")
@@ -163,13 +174,7 @@ def run(
     `study` takes the name of a method, the data, steps and seeds, and gives the accuracies;
     `plot` draws them into a file beside the record.
     """
-    made = parser(doc, methods)
-    made.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results.json"))
-    made.add_argument("--quick", action="store_true", help="20 steps of 2 seeds")
-    options = made.parse_args()
-    if options.quick:
-        options.steps, options.seeds = 20, [0, 1]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options = options_of(parser(doc, methods))
     start, data, screen = time.perf_counter(), load(), console()
     found, seconds = {}, {}
     for name in in_turn(options.only, screen, seconds):

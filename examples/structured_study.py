@@ -312,14 +312,7 @@ def gains(rows: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     """Runs all ways, prints the tables, draws the network, writes the record."""
-    parser = digits.parser(__doc__ or "", METHODS)
-    parser.set_defaults(steps=1000)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results.json"))
-    parser.add_argument("--quick", action="store_true", help="20 steps of 2 seeds")
-    options = parser.parse_args()
-    if options.quick:
-        options.steps, options.seeds = 20, [0, 1]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options = digits.options_of(digits.parser(__doc__ or "", METHODS))
     start, console = time.perf_counter(), digits.console()
     training = Training(digits.load(), options.steps)
     console.print(str(training.groups), highlight=False)

@@ -191,3 +191,6 @@ def norm_of(model: Model, leaves: dict, group: Group, layer: tuple, unit: int, c
     """The 2-norm of a unit in float64."""
     where = places(model, group, layer, unit, counted or (lambda path: True))
     return np.sqrt(sum(np.sum(n * leaves[path] ** 2) for path, n in where.items()))
+
+
+MODELS = {"mlp": mlp, "deep": deep, "attention": attention, "stack": stack, "normed": normed}

@@ -56,9 +56,9 @@ def cut(tree, keep):
     return by_paths(tree, change)
 
 
-def assert_close(got, want, tolerance=1e-5, floor=0.01):
-    """All leaves, relative to the largest number in each, and to a part of that in all."""
+def assert_close(got, want, tolerance=1e-5):
+    """All leaves, relative to the largest number in each, and to that in all for small ones."""
     got, want = ([np.asarray(v, np.float64) for v in jax.tree.leaves(t)] for t in (got, want))
-    floor *= max(np.abs(v).max() for v in want)
+    floor = 0.01 * max(np.abs(v).max() for v in want)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(np.abs(b).max(), floor))

@@ -209,6 +209,7 @@ def test_values_that_are_traced_around_the_function():
 
 def test_places_that_are_traced_around_the_function():
     """What they point at stays; of the places themselves some may leave."""
+
     def closing(at):
         return lambda p, x: (jax.nn.relu(x @ p["a"]))[:, at] @ p["o"]
 

@@ -16,14 +16,7 @@ from jaxcompress.pruning.structured._penalty import group_penalty, unit_strength
 from tests.conftest import counting_jit, lenient, mesh_of
 from tests.pruning.structured import by_hand
 
-MODELS = {
-    "mlp": by_hand.mlp,
-    "deep": by_hand.deep,
-    "attention": by_hand.attention,
-    "stack": by_hand.stack,
-    "normed": by_hand.normed,
-}
-models = pytest.mark.parametrize("name", MODELS)
+models = pytest.mark.parametrize("name", by_hand.MODELS)
 
 
 def counted(path):
@@ -62,7 +55,7 @@ def penalty_by_loops(model, leaves, strengths=None, by_size=True, squared=False)
 @pytest.mark.parametrize("by_size", [True, False])
 @pytest.mark.parametrize("squared", [True, False])
 def test_penalty_and_its_gradient_are_those_of_loops(name, by_size, squared):
-    model = MODELS[name]()
+    model = by_hand.MODELS[name]()
     strengths = random_strengths(model)
     options = {"by_size": by_size, "squared": squared}
     plain = jax.jit(lambda p: group_penalty(model.dependencies, p, **options))(model.params)
@@ -150,7 +143,7 @@ def in_turn_by_loops(model, leaves, strength, strengths=None, by_size=True):
 @models
 @pytest.mark.parametrize("by_size", [True, False])
 def test_the_operator_is_that_of_loops_and_zeros_are_exact(name, by_size):
-    model = MODELS[name]()
+    model = by_hand.MODELS[name]()
     leaves, strengths = by_hand.by_paths(model.params), random_strengths(model)
     norms = [
         by_hand.norm_of(model, leaves, g, *u, counted)

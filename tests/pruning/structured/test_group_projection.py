@@ -19,14 +19,7 @@ from jaxcompress.pruning.structured._shrink import shrink
 from tests.conftest import counting_jit, lenient, mesh_of
 from tests.pruning.structured import by_hand
 
-MODELS = {
-    "mlp": by_hand.mlp,
-    "deep": by_hand.deep,
-    "attention": by_hand.attention,
-    "stack": by_hand.stack,
-    "normed": by_hand.normed,
-}
-models = pytest.mark.parametrize("name", MODELS)
+models = pytest.mark.parametrize("name", by_hand.MODELS)
 
 
 def is_statistic(path):
@@ -88,7 +81,7 @@ def zeroed_by_loops(model, masks):
 @models
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7, 1.0])
 def test_what_leaves_is_what_loops_find(name, sparsity):
-    model = MODELS[name]()
+    model = by_hand.MODELS[name]()
     p = prune_groups(model.dependencies, sparsity, overlap="both")
     masks = {g.name: kept_by_sorting(model, g, sparsity) for g in model.dependencies.groups}
     held = jax.jit(p.find)(model.params)
@@ -117,10 +110,10 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", [*MODELS, "tower"])
+@pytest.mark.parametrize("name", [*by_hand.MODELS, "tower"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_it_keeps_what_select_keeps(name, options):
-    model = by_hand.tower() if name == "tower" else MODELS[name]()
+    model = by_hand.tower() if name == "tower" else by_hand.MODELS[name]()
     compiled = counting_jit(
         lambda params, s: prune_groups(model.dependencies, s, **options).find(params)
     )
@@ -147,7 +140,7 @@ def test_counts_are_exact_for_all_decimal_fractions():
 
 @pytest.mark.parametrize("name", ["mlp", "deep", "stack", "normed"])
 def test_small_function_equals_the_projected_one(name):
-    model = MODELS[name]()
+    model = by_hand.MODELS[name]()
     groups = dependencies(model.fn, model.params, model.x)
     p = prune_groups(groups, 0.5)
     masked = jc.compress(p, model.params)
@@ -164,7 +157,7 @@ def test_small_function_equals_the_projected_one(name):
 @pytest.mark.parametrize("name", ["mlp", "stack", "attention"])
 @pytest.mark.parametrize("use", ["projected", "every", "straight_through", "project_params"])
 def test_training_leads_to_what_shrink_removes(name, use):
-    model = MODELS[name]()
+    model = by_hand.MODELS[name]()
     groups = dependencies(model.fn, model.params, model.x)
     p = prune_groups(groups, jc.schedules.cubic(0.0, 0.5, 0, 4))
     opt = {
@@ -335,7 +328,7 @@ def test_chains_remove_what_any_of_them_does_and_quantize_the_rest():
 
 @models
 def test_packed_equals_projected_and_is_smaller(name):
-    model = MODELS[name]()
+    model = by_hand.MODELS[name]()
     p = prune_groups(model.dependencies, 0.5)
     opt = jc.projected(adam(), jc.every(10, p))
     params, state = jax.jit(lambda w: trained(model, opt, 2, w))(model.params)

@@ -102,7 +102,7 @@ def test_keeping_everything_changes_nothing():
     assert all(small[path] is MLP[path] for path in MLP)
 
 
-def test_shrinking_again_and_packing():
+def test_shrinking_again_packing_and_saving(tmp_path):
     keep = half(jc.dependencies(mlp, MLP, X))
     small, fn = jc.shrink(mlp, MLP, keep, X)
     again = half(jc.dependencies(fn, small, X), seed=1)
@@ -112,6 +112,13 @@ def test_shrinking_again_and_packing():
     packed = jc.pack(jc.quantize(bits=8), small)
     dense = jc.compress(jc.quantize(bits=8), small)
     close(jc.lift(fn)(packed, X), fn(dense, X), 1e-5)
+    factors = jc.pack(jc.low_rank(1), small)
+    assert jc.tree.nbytes(factors) < jc.tree.nbytes(small)
+    close(jc.lift(fn)(factors, X), fn(jc.compress(jc.low_rank(1), small), X), 1e-5)
+    pytest.importorskip("safetensors")
+    jc.save(tmp_path / "small.safetensors", small)
+    loaded = jc.load(tmp_path / "small.safetensors")
+    close(fn(loaded, X), fn(small, X), 0)
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])

@@ -38,15 +38,10 @@ from tests.pruning.structured.unit_cases import (
     scores_by_loops,
     stream_case,
 )
+from tests.pruning.test_groups import NORMS as WITHOUT_SIGN
 
 pr = jc.pruning
-NORMS = {
-    pr.l1: lambda x: np.abs(x).sum(),
-    pr.l2: lambda x: np.sqrt((x**2).sum()),
-    pr.largest_score: lambda x: np.abs(x).max(),
-    pr.mean: lambda x: np.abs(x).mean(),
-    pr.total: lambda x: x.sum(),
-}
+NORMS = {**WITHOUT_SIGN, pr.total: lambda x: x.sum()}
 
 
 def assert_same(found, want, rtol=2e-6):
